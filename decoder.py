@@ -1,0 +1,316 @@
+"""
+The decoder: memory and text to next-token probabilities. DeepSeek-OCR's language model, and the autoencoder around it.
+
+    [BOS] memory [prompt] [hybrid] | target            one sequence, causal attention, loss on the target only
+          (B, M, D)         last K context tokens
+
+    x = x + attention(norm(x))                         12 layers; the first has a dense MLP, the others a mixture of experts:
+    x = x + mlp(norm(x))                               shared(x) + sum over the top 6 of 64 experts of p_e(x) * expert_e(x)
+
+Shapes: B batch, T positions, D width, H heads, d head width, V vocabulary, E experts, k experts a token, F expert width,
+N = B * T tokens, M memory vectors, P positions before the target.
+Follows modeling_deepseekv2.py of deepseek-ai/DeepSeek-OCR as its config.json sets it (plain multi-head attention, no MLA).
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+OBJECTIVES = {'reconstruction': 'context', 'lm': 'continuation'}     # an objective is the choice of a target and nothing else
+
+
+@dataclass
+class DecoderConfig:
+    """Sizes under the names of the released config.json; the defaults are DeepSeek-OCR's. A plain Llama has n_routed_experts = 0."""
+    vocab_size: int = 129280
+    hidden_size: int = 1280
+    intermediate_size: int = 6848           # of the dense MLP
+    moe_intermediate_size: int = 896        # of one expert
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 10
+    num_key_value_heads: int = 10
+    n_routed_experts: int = 64
+    n_shared_experts: int = 2               # as wide as this many experts, but one MLP
+    num_experts_per_tok: int = 6
+    first_k_dense_replace: int = 1          # this many layers at the bottom are dense
+    aux_loss_alpha: float = 0.001
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 8192
+    tie_word_embeddings: bool = False
+    bos_token_id: int = 0
+    eos_token_id: int = 1
+    vision: object = None                   # encoders.VisionConfig, for a model that has a vision encoder
+
+
+class KVCache:
+    """Keys and values of the positions seen so far: per layer two buffers (B, H, max_length, d), filled up to `length`."""
+
+    def __init__(self, max_length):
+        self.max_length, self.length, self.buffers = max_length, 0, {}
+
+    def append(self, layer, k, v):
+        """Store k and v (B, H, T, d) of the next T positions; return those of all positions so far."""
+        if layer not in self.buffers:
+            self.buffers[layer] = [x.new_empty(*x.shape[:2], self.max_length, x.shape[3]) for x in (k, v)]
+        end = self.length + k.shape[2]
+        assert end <= self.max_length, f'{end} positions do not fit a cache of {self.max_length}'
+        for buffer, new in zip(self.buffers[layer], (k, v)):
+            buffer[:, :, self.length:end] = new
+        return [buffer[:, :, :end] for buffer in self.buffers[layer]]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) in fp32, cast back, times a learned weight."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x)
+
+
+def rope(positions, dim, theta, dtype):
+    """Cosine and sine (T, d/2) of each position's angles, in fp32 and then cast (Su et al. 2021)."""
+    frequency = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    angle = positions.float()[:, None] * frequency
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Turn channel i together with channel i + d/2 (Llama's half-split pairs, not interleaved ones). x: (B, H, T, d)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        D, self.n_head, self.n_kv_head = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.layer, self.head_dim = layer, D // self.n_head
+        self.q_proj = nn.Linear(D, D, bias=False)
+        self.k_proj = nn.Linear(D, self.n_kv_head * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(D, self.n_kv_head * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(D, D, bias=False)
+
+    def forward(self, x, cos, sin, cache):
+        B, T, D = x.shape
+        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)              # (B, H, T, d)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        # One new token may look at everything before it, so only longer inputs (from an empty cache) need the causal mask.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=self.n_kv_head != self.n_head)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))"""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden, bias=False)
+        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def grouped_linear(x, weight, ends):
+    """Multiply each row by its expert's matrix: x (rows, in) sorted by expert, weight (E, out, in), ends (E,) int32 -> (rows, out).
+
+    `ends[e]` is where the rows of expert e end. One kernel does all experts without telling the host how many rows each has;
+    it takes bf16 (on the CPU fp32 too) and rows of a multiple of 16 bytes. Anything else goes through the same sum as a loop.
+    """
+    dtypes = {'cuda': [torch.bfloat16], 'cpu': [torch.bfloat16, torch.float32]}.get(x.device.type, [])
+    if x.dtype in dtypes and all(width * x.element_size() % 16 == 0 for width in weight.shape[1:]):
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    starts_ends = [0] + ends.tolist()
+    return torch.cat([x[a:b] @ w.T for a, b, w in zip(starts_ends, starts_ends[1:], weight)])
+
+
+class Permute(torch.autograd.Function):
+    """x[order] whose gradient is grad[inverse]: autograd does not know that no row repeats and would scatter-add instead."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(inverse)
+        return x[order]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[ctx.saved_tensors[0]], None, None
+
+
+class Experts(nn.Module):
+    """E gated MLPs with their weights stacked."""
+
+    def __init__(self, n, dim, hidden):
+        super().__init__()
+        self.gate_proj = nn.Parameter(torch.empty(n, hidden, dim))
+        self.up_proj = nn.Parameter(torch.empty(n, hidden, dim))
+        self.down_proj = nn.Parameter(torch.empty(n, dim, hidden))
+
+    def forward(self, x, ends):
+        device = x.device.type          # autocast does not reach the grouped kernel, so cast here
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        x, gate, up, down = (t.to(dtype) for t in (x, self.gate_proj, self.up_proj, self.down_proj))
+        return grouped_linear(F.silu(grouped_linear(x, gate, ends)) * grouped_linear(x, up, ends), down, ends)
+
+
+class MoE(nn.Module):
+    """shared(x) + sum over the top k of p_e * expert_e(x), with p = softmax(router(x)) in fp32 and not renormalised over the k."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, hidden = config.hidden_size, config.moe_intermediate_size
+        self.n_expert, self.top_k, self.alpha = config.n_routed_experts, config.num_experts_per_tok, config.aux_loss_alpha
+        self.gate = nn.Linear(D, self.n_expert, bias=False)
+        self.experts = Experts(self.n_expert, D, hidden)
+        self.shared_experts = MLP(D, hidden * config.n_shared_experts)
+
+    def route(self, x):
+        """(B, T, D) -> probabilities (B, T, E), the k largest (B, T, k) and their experts (B, T, k)."""
+        with torch.autocast(x.device.type, enabled=False):
+            probs = F.linear(x.float(), self.gate.weight.float()).softmax(dim=-1)
+        return probs, *probs.topk(self.top_k, dim=-1)
+
+    def forward(self, x):
+        B, T, D = x.shape
+        E, k = self.n_expert, self.top_k
+        probs, top_p, top_e = self.route(x)
+
+        # How many of a sequence's tokens chose each expert: for the balance loss, and summed for where each expert's rows end.
+        ones = torch.ones(B, T * k, device=x.device)
+        count = torch.zeros(B, E, device=x.device).scatter_add(1, top_e.view(B, T * k), ones)             # (B, E)
+        # alpha * mean over sequences of sum_e (share of choices * E) * (mean probability); only the latter has a gradient
+        balance_loss = self.alpha * (count * (E / (T * k)) * probs.mean(dim=1)).sum(dim=1).mean()
+
+        order = top_e.flatten().argsort(stable=True)             # (N*k,) choices sorted by expert: order[j] // k is the token
+        inverse = order.argsort()
+        rows = Permute.apply(x.reshape(-1, 1, D).expand(-1, k, -1).reshape(-1, D), order, inverse)       # (N*k, D)
+        y = self.experts(rows, count.sum(dim=0).cumsum(dim=0).to(torch.int32))
+        y = Permute.apply(y, inverse, order).view(B, T, k, D)
+        y = (y * top_p[..., None]).sum(dim=2)                    # fp32, because the probabilities are
+        return self.shared_experts(x) + y.type_as(x), balance_loss
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.is_moe = config.n_routed_experts > 0 and layer >= config.first_k_dense_replace
+        self.mlp = MoE(config) if self.is_moe else MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x, cos, sin, cache):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        y, balance_loss = self.mlp(self.post_attention_layernorm(x)) if self.is_moe else \
+            (self.mlp(self.post_attention_layernorm(x)), 0.0)
+        return x + y, balance_loss
+
+
+class Decoder(nn.Module):
+    """Embeddings (B, T, D) to hidden states (B, T, D), plus the two ends of it: embed_tokens before and lm_head after."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for p in self.parameters():
+            if p.dim() > 1:
+                nn.init.normal_(p, std=0.02)
+
+    def forward(self, x, cache=None):
+        """x (B, T, D) -> hidden states after the last norm (B, T, D), and the sum of the layers' balance losses.
+
+        With a cache, x holds the positions that follow those in it: any number when it is empty, one at a time after that.
+        """
+        start = 0 if cache is None else cache.length
+        assert start == 0 or x.shape[1] == 1, f'{x.shape[1]} positions at once, after {start} in the cache'
+        positions = torch.arange(start, start + x.shape[1], device=x.device)
+        cos, sin = rope(positions, self.config.hidden_size // self.config.num_attention_heads, self.config.rope_theta, x.dtype)
+        balance_loss = 0.0
+        for layer in self.layers:
+            x, layer_loss = layer(x, cos, sin, cache)
+            balance_loss = balance_loss + layer_loss
+        if cache is not None:
+            cache.length += x.shape[1]
+        return self.norm(x), balance_loss
+
+    def logits(self, hidden):
+        """(..., D) -> fp32 (..., V)"""
+        return F.linear(hidden, self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight).float()
+
+    def token_losses(self, hidden, target, chunk=1024):
+        """hidden (B, T, D), target ids (B, T) -> cross-entropy in nats and whether the likeliest token is the target, both (B, T).
+
+        Rows go `chunk` at a time and the backward pass computes their logits again, so that only (chunk, V) logits ever exist.
+        """
+        def losses(h, t):
+            logits = self.logits(h)
+            return F.cross_entropy(logits, t, reduction='none'), logits.argmax(dim=-1) == t
+
+        chunks = zip(hidden.flatten(0, 1).split(chunk), target.flatten().split(chunk))
+        loss, hit = zip(*(checkpoint(losses, h, t, use_reentrant=False) for h, t in chunks))
+        return torch.cat(loss).view(target.shape), torch.cat(hit).view(target.shape)
+
+
+class Autoencoder(nn.Module):
+    """An encoder in front of a decoder; the one place that knows the layout of the sequence.
+
+    encoder: called as encoder(batch, embed) -> memory (B, M, D).    prompt: token ids after the memory.
+    objective: a key of OBJECTIVES, which names the batch entry that is the target.
+    hybrid: how many of the context's last tokens follow as plain tokens (they are inside the memory too, and carry no loss).
+    """
+
+    def __init__(self, encoder, decoder, objective='reconstruction', prompt=(), hybrid=0):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.objective, self.prompt, self.hybrid = objective, list(prompt), hybrid
+
+    def prefix(self, batch):
+        """All that stands before the target, as embeddings: [BOS] memory [prompt] [hybrid] -> (B, P, D)."""
+        embed, context = self.decoder.embed_tokens, batch['context']
+        row = lambda ids: embed(torch.tensor([ids], dtype=torch.long, device=context.device)).expand(len(context), -1, -1)
+        hybrid = embed(context[:, context.shape[1] - self.hybrid:])
+        memory = self.encoder(batch, embed).to(hybrid.dtype)
+        return torch.cat([row([self.decoder.config.bos_token_id]), memory, row(self.prompt), hybrid], dim=1)
+
+    def forward(self, batch):
+        """batch['context'] (B, T) and what else the encoder reads -> losses and hits of the target (B, T), and the balance loss."""
+        target = batch[OBJECTIVES[self.objective]]
+        x = torch.cat([self.prefix(batch), self.decoder.embed_tokens(target)], dim=1)
+        hidden, balance_loss = self.decoder(x)
+        T = target.shape[1]
+        return *self.decoder.token_losses(hidden[:, -T - 1:-1], target), balance_loss      # position i predicts token i + 1
+
+    @torch.no_grad()
+    def generate(self, batch, max_new_tokens, temperature=0.0, use_cache=True):
+        """Continue each row's prefix: token ids (B, <= max_new_tokens), the likeliest at temperature 0, else sampled.
+
+        A row that has produced EOS repeats it; generation ends when every row has. use_cache=False recomputes all positions
+        at every step, to check the cache against.
+        """
+        x, eos = self.prefix(batch), self.decoder.config.eos_token_id
+        cache = KVCache(x.shape[1] + max_new_tokens) if use_cache else None
+        tokens, done = [], torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        while len(tokens) < max_new_tokens and not done.all():
+            logits = self.decoder.logits(self.decoder(x, cache)[0][:, -1])                  # (B, V)
+            token = logits.argmax(-1) if temperature == 0 else torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
+            tokens.append(token.masked_fill(done, eos))
+            done = done | (tokens[-1] == eos)
+            step = self.decoder.embed_tokens(tokens[-1][:, None])
+            x = step if use_cache else torch.cat([x, step], dim=1)
+        return torch.stack(tokens, dim=1) if tokens else torch.zeros(len(x), 0, dtype=torch.long, device=x.device)

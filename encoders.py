@@ -1,0 +1,330 @@
+"""
+The encoders: a context of T tokens to a memory of M vectors, each as wide as the decoder's embeddings.
+
+    encoder(batch, embed) -> memory (B, M, D)      batch['context'] (B, T) token ids, batch['image'] (B, 3, S, S) pixels when
+                                                   encoder.image_size is set; embed is the decoder's own token embedding
+    text             the last N embeddings themselves: truncation, or the whole context
+    meanpool         the mean embedding of every window
+    conv1d_residual  a pyramid of residual convolutions, each halving the length
+    vision           the context drawn as a page, read by DeepSeek-OCR's encoder:  page -> SAM -> CLIP -> projector
+
+A new encoder is a class with the same constructor, (config, context_length, *, settings), and a line in ENCODERS at the end.
+Its keywords become flags of train.py, are stored in config.json and label its row in eval.py's table.
+
+Shapes: B batch, T context tokens, M memory vectors, D decoder width, S page side in pixels, C channels, H W height and width
+in patches, n heads, d head width.  References: arXiv 2512.03643 (the compressors), deepencoder.py of deepseek-ai/DeepSeek-OCR.
+"""
+import inspect
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class Text(nn.Module):
+    """memory = embed(last N context tokens). N = 0 is no context at all, None the whole of it: the two ends of truncation."""
+    image_size = None
+
+    def __init__(self, config, context_length, *, text_context_tokens: int = None):
+        super().__init__()
+        N = context_length if text_context_tokens is None else text_context_tokens
+        if not 0 <= N <= context_length:
+            raise ValueError(f'text_context_tokens {N} is not between 0 and the context length {context_length}')
+        self.text_context_tokens = N
+
+    def forward(self, batch, embed):
+        context = batch['context']
+        return embed(context[:, context.shape[1] - self.text_context_tokens:])
+
+
+def separator(dim):
+    """One learned vector after the memory: it marks where compressed vectors end and plain tokens begin."""
+    return nn.Parameter(torch.randn(dim) * dim ** -0.5)
+
+
+def with_separator(memory, vector):
+    """(B, M, D), (D,) -> (B, M + 1, D)"""
+    return torch.cat([memory, vector.to(memory.dtype).expand(len(memory), 1, -1)], dim=1)
+
+
+class MeanPool(nn.Module):
+    """memory_i = mean(embed(context[i s : i s + w])), then the separator. What is left after the last full window is one more."""
+    image_size = None
+
+    def __init__(self, config, context_length, *, compression_window_size: int = 4, compression_stride: int = None):
+        super().__init__()
+        w, s = compression_window_size, compression_stride or compression_window_size
+        if not 1 <= w <= context_length or s < 1:
+            raise ValueError(f'window {w} with stride {s} does not fit a context of {context_length} tokens')
+        self.compression_window_size, self.compression_stride = w, s
+        self.separator = separator(config.hidden_size)
+
+    def forward(self, batch, embed):
+        x, w, s = embed(batch['context']), self.compression_window_size, self.compression_stride
+        memory = x.unfold(1, w, s).mean(dim=-1)                                   # (B, windows, D)
+        rest = x[:, (memory.shape[1] - 1) * s + w:]                               # fewer than s tokens; with s > w also a gap's
+        if rest.shape[1]:
+            memory = torch.cat([memory, rest.mean(dim=1, keepdim=True)], dim=1)
+        return with_separator(memory, self.separator)
+
+
+class ResidualBlock(nn.Module):
+    """y = gelu(norm(conv3/2(gelu(norm(conv_k(x))))) + pool(x)): (B, D, L) -> (B, D, ceil(L / 2)).
+
+    GroupNorm with one group takes its statistics over channels and positions, so every vector has seen the whole context.
+    """
+
+    def __init__(self, dim, kernel):
+        super().__init__()
+        self.conv1 = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, bias=False)
+        self.norm1 = nn.GroupNorm(1, dim)
+        self.conv2 = nn.Conv1d(dim, dim, 3, stride=2, padding=1, bias=False)
+        self.norm2 = nn.GroupNorm(1, dim)
+
+    def forward(self, x):
+        y = self.norm2(self.conv2(F.gelu(self.norm1(self.conv1(x)))))
+        return F.gelu(y + F.adaptive_avg_pool1d(x, y.shape[-1]))
+
+
+class Conv1dResidual(nn.Module):
+    """memory = n residual blocks over the embeddings, then the separator; the n that takes T tokens to `compression_target`."""
+    image_size = None
+
+    def __init__(self, config, context_length, *, compression_target: int = None, conv_kernel: int = 5):
+        super().__init__()
+        chain = [context_length]
+        while chain[-1] > 1:
+            chain.append((chain[-1] + 1) // 2)
+        self.compression_target = chain[min(2, len(chain) - 1)] if compression_target is None else compression_target
+        if self.compression_target not in chain:
+            raise ValueError(f'compression_target {compression_target} is not one of {chain}: each block halves, rounding up')
+        if conv_kernel % 2 == 0 or conv_kernel < 1:
+            raise ValueError(f'conv_kernel {conv_kernel} is not an odd positive number')
+        self.conv_kernel = conv_kernel
+        self.pyramid = nn.ModuleList(ResidualBlock(config.hidden_size, conv_kernel)
+                                     for _ in range(chain.index(self.compression_target)))
+        self.separator = separator(config.hidden_size)
+
+    def forward(self, batch, embed):
+        x = embed(batch['context']).transpose(1, 2)                               # (B, D, T)
+        for block in self.pyramid:
+            x = block(x)
+        return with_separator(x.transpose(1, 2), self.separator)
+
+
+# ---------------------------------------------------------------------------------------------------------------- vision
+
+@dataclass
+class VisionConfig:
+    """Sizes of the vision encoder; the defaults are SAM ViT-B and CLIP ViT-L as DeepSeek-OCR has them."""
+    image_size: int = 1024                  # the page that SAM's position tables are made for; other sizes interpolate them
+    sam_width: int = 768
+    sam_layers: int = 12
+    sam_heads: int = 12
+    sam_global: tuple = (2, 5, 8, 11)       # layers that attend over the whole page, not within windows
+    sam_window: int = 14
+    sam_neck: int = 256
+    sam_down: tuple = (512, 1024)           # channels of the two stride-2 convolutions; the last is CLIP's width
+    clip_layers: int = 24
+    clip_heads: int = 16
+    clip_mlp: int = 4096
+    clip_grid: int = 16                     # patches a side that CLIP's position table is made for
+
+
+def resize_positions(table, size):
+    """Interpolate a square table of position vectors (1, h, h, C) to (1, size, size, C): antialiased bicubic, in fp32."""
+    if table.shape[1] == size:
+        return table
+    x = F.interpolate(table.float().permute(0, 3, 1, 2), (size, size), mode='bicubic', antialias=True, align_corners=False)
+    return x.permute(0, 2, 3, 1).to(table.dtype)
+
+
+def relative_positions(table, size):
+    """Rows of a table (2h - 1, d) of relative positions, resized to 2 size - 1, for each pair (i, j): (size, size, d)."""
+    if table.shape[0] != 2 * size - 1:
+        table = F.interpolate(table.float().T[None], 2 * size - 1, mode='linear')[0].T.to(table.dtype)
+    i = torch.arange(size, device=table.device)
+    return table[i[:, None] - i[None, :] + size - 1]
+
+
+class SAMAttention(nn.Module):
+    """softmax(q k / sqrt(d) + q R_h + q R_w) v, with R_h and R_w the vectors of the vertical and horizontal offsets.
+
+    The bias is itself a dot product: q R_h depends on the key through its row only, so (q R_h of every row) dotted with the
+    key's row as a one-hot vector gives it. Appended to q and k, the bias needs no (HW x HW) matrix and any kernel will do.
+    """
+
+    def __init__(self, dim, n_head, size):
+        super().__init__()
+        self.n_head = n_head
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * size - 1, dim // n_head))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * size - 1, dim // n_head))
+
+    def forward(self, x):                                                         # (B, H, W, C)
+        B, H, W, C = x.shape
+        d = C // self.n_head
+        q, k, v = self.qkv(x).view(B, H, W, 3, self.n_head, d).permute(3, 0, 4, 1, 2, 5)         # (B, n, H, W, d) each
+        bias_h = torch.einsum('bnhwd,hkd->bnhwk', q, relative_positions(self.rel_pos_h, H).type_as(q))
+        bias_w = torch.einsum('bnhwd,wkd->bnhwk', q, relative_positions(self.rel_pos_w, W).type_as(q))
+        row = torch.eye(H, device=x.device, dtype=q.dtype)[:, None, :].expand(B, self.n_head, H, W, H)
+        col = torch.eye(W, device=x.device, dtype=q.dtype)[None, :, :].expand(B, self.n_head, H, W, W)
+        q = torch.cat([q * d ** -0.5, bias_h.type_as(q), bias_w.type_as(q)], dim=-1).flatten(2, 3)    # (B, n, HW, d + H + W)
+        k = torch.cat([k, row, col], dim=-1).flatten(2, 3)
+        v = F.pad(v, (0, H + W)).flatten(2, 3)                                    # the kernels want one width for all three
+        y = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :d]
+        return self.proj(y.transpose(1, 2).reshape(B, H, W, C))
+
+
+class SAMBlock(nn.Module):
+    """A pre-norm transformer block; attention within windows of window x window patches, or over the page when window is 0."""
+
+    def __init__(self, dim, n_head, window, grid):
+        super().__init__()
+        self.window = window
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = SAMAttention(dim, n_head, window or grid)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = nn.ModuleDict({'lin1': nn.Linear(dim, 4 * dim), 'lin2': nn.Linear(4 * dim, dim)})
+
+    def forward(self, x):
+        x = x + (self.windowed(self.norm1(x)) if self.window else self.attn(self.norm1(x)))
+        return x + self.mlp.lin2(F.gelu(self.mlp.lin1(self.norm2(x))))
+
+    def windowed(self, x):
+        """Attention in each window by itself. The page is filled up with zeros to whole windows, and those are attended to."""
+        B, H, W, C = x.shape
+        w, down, across = self.window, -(-H // self.window), -(-W // self.window)
+        x = F.pad(x, (0, 0, 0, across * w - W, 0, down * w - H))
+        x = x.view(B, down, w, across, w, C).transpose(2, 3).reshape(-1, w, w, C)              # (B * windows, w, w, C)
+        x = self.attn(x).view(B, down, across, w, w, C).transpose(2, 3)
+        return x.reshape(B, down * w, across * w, C)[:, :H, :W]
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, H, W)."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class SAM(nn.Module):
+    """Pixels (B, 3, S, S) to features (B, C, S/64, S/64): a ViT on patches of 16 pixels, a neck, and two halvings."""
+
+    def __init__(self, v):
+        super().__init__()
+        grid = v.image_size // 16
+        self.patch_embed = nn.ModuleDict({'proj': nn.Conv2d(3, v.sam_width, 16, stride=16)})
+        self.pos_embed = nn.Parameter(torch.randn(1, grid, grid, v.sam_width) * 0.02)
+        self.blocks = nn.ModuleList(SAMBlock(v.sam_width, v.sam_heads, 0 if i in v.sam_global else v.sam_window, grid)
+                                    for i in range(v.sam_layers))
+        conv = lambda a, b, size, **k: nn.Conv2d(a, b, size, bias=False, **k)
+        self.neck = nn.Sequential(conv(v.sam_width, v.sam_neck, 1), ChannelNorm(v.sam_neck, eps=1e-6),
+                                  conv(v.sam_neck, v.sam_neck, 3, padding=1), ChannelNorm(v.sam_neck, eps=1e-6))
+        self.net_2 = conv(v.sam_neck, v.sam_down[0], 3, stride=2, padding=1)
+        self.net_3 = conv(v.sam_down[0], v.sam_down[1], 3, stride=2, padding=1)
+
+    def forward(self, image):
+        x = self.patch_embed.proj(image).permute(0, 2, 3, 1)                      # (B, H, W, C), H = W = S / 16
+        x = x + resize_positions(self.pos_embed, x.shape[1])
+        for block in self.blocks:
+            x = block(x)
+        return self.net_3(self.net_2(self.neck(x.permute(0, 3, 1, 2))))
+
+
+class CLIPBlock(nn.Module):
+    """A pre-norm transformer block with the quick GELU, x sigmoid(1.702 x)."""
+
+    def __init__(self, dim, n_head, hidden):
+        super().__init__()
+        self.n_head = n_head
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(dim, eps=1e-5), nn.LayerNorm(dim, eps=1e-5)
+        self.self_attn = nn.ModuleDict({'qkv_proj': nn.Linear(dim, 3 * dim), 'out_proj': nn.Linear(dim, dim)})
+        self.mlp = nn.ModuleDict({'fc1': nn.Linear(dim, hidden), 'fc2': nn.Linear(hidden, dim)})
+
+    def forward(self, x):                                                         # (B, 1 + HW, C)
+        q, k, v = self.self_attn.qkv_proj(self.layer_norm1(x)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.self_attn.out_proj(y)
+        y = self.mlp.fc1(self.layer_norm2(x))
+        return x + self.mlp.fc2(y * torch.sigmoid(1.702 * y))
+
+
+class CLIP(nn.Module):
+    """SAM's features (B, C, h, w) take the place of patch embeddings: -> (B, 1 + hw, C), the class token first, no last norm."""
+
+    def __init__(self, v):
+        super().__init__()
+        C = v.sam_down[1]
+        self.embeddings = nn.ModuleDict({'patch_embedding': nn.Conv2d(3, C, 14, stride=14, bias=False),     # never used, but
+                                         'position_embedding': nn.Embedding(1 + v.clip_grid ** 2, C)})      # in the checkpoint
+        self.embeddings.class_embedding = nn.Parameter(torch.randn(C) * 0.02)
+        nn.init.normal_(self.embeddings.position_embedding.weight, std=0.02)
+        self.pre_layrnorm = nn.LayerNorm(C, eps=1e-5)                             # (sic)
+        self.transformer = nn.ModuleDict({'layers': nn.ModuleList(CLIPBlock(C, v.clip_heads, v.clip_mlp)
+                                                                  for _ in range(v.clip_layers))})
+
+    def forward(self, features):
+        B, C, h, _ = features.shape
+        table = self.embeddings.position_embedding.weight                         # class position, then a square of patches
+        side = int((len(table) - 1) ** 0.5)
+        patches = resize_positions(table[1:].view(1, side, side, C), h).view(-1, C)
+        x = torch.cat([self.embeddings.class_embedding.expand(B, 1, C).type_as(features),
+                       features.flatten(2).transpose(1, 2)], dim=1)
+        x = self.pre_layrnorm(x + torch.cat([table[:1], patches]))
+        for layer in self.transformer.layers:
+            x = layer(x)
+        return x
+
+
+VISION_MODES = {'tiny': 512, 'small': 640, 'base': 1024, 'large': 1280}           # pixels a side, in DeepSeek-OCR's terms
+
+
+class Vision(nn.Module):
+    """memory = rows of projector([CLIP(SAM(page)), SAM(page)]), a newline vector after each row, a separator at the end.
+
+    A page of S x S pixels becomes h x h vectors with h = S / 64, so M = h (h + 1) + 1: 640 pixels, 10 x 10, 111 vectors.
+    """
+
+    def __init__(self, config, context_length, *, vision_mode: str = None, vision_prompt: str = ''):
+        super().__init__()
+        v = config.vision or VisionConfig()
+        mode = str(v.image_size) if vision_mode is None else vision_mode
+        self.image_size = VISION_MODES.get(mode) or (int(mode) if mode.isdecimal() else 0)
+        if self.image_size == 0 or self.image_size % 64:
+            raise ValueError(f'vision_mode {mode} is neither one of {", ".join(VISION_MODES)} nor a multiple of 64 pixels')
+        self.vision_mode, self.vision_prompt = mode, vision_prompt
+        self.prompt = vision_prompt                                               # text that the decoder reads after the memory
+        self.sam_model = SAM(v)
+        self.vision_model = CLIP(v)
+        self.projector = nn.ModuleDict({'layers': nn.Linear(2 * v.sam_down[1], config.hidden_size)})
+        self.image_newline = nn.Parameter(torch.randn(config.hidden_size) * config.hidden_size ** -0.5)
+        self.view_seperator = separator(config.hidden_size)                       # (sic)
+
+    def forward(self, batch, embed):
+        image = batch['image']
+        if image.dtype == torch.uint8:                                            # pixels travel as bytes: 0..255 to -1..1
+            image = (image.float() / 255 - 0.5) / 0.5
+        features = self.sam_model(image)                                          # (B, C, h, h)
+        h = features.shape[-1]
+        clip = self.vision_model(features)[:, 1:]                                 # (B, h * h, C)
+        x = self.projector.layers(torch.cat([clip, features.flatten(2).transpose(1, 2)], dim=-1))
+        rows = x.unflatten(1, (h, h))                                             # (B, h, h, D)
+        newline = self.image_newline.to(x.dtype).expand(len(x), h, 1, -1)
+        return with_separator(torch.cat([rows, newline], dim=2).flatten(1, 2), self.view_seperator)
+
+
+ENCODERS = {
+    'text': Text,
+    'meanpool': MeanPool,
+    'conv1d_residual': Conv1dResidual,
+    'vision': Vision,
+}
+
+
+def settings_of(encoder_class):
+    """An encoder's settings: {keyword: inspect.Parameter, with its type and default}."""
+    parameters = inspect.signature(encoder_class).parameters
+    return {name: p for name, p in parameters.items() if p.kind == p.KEYWORD_ONLY}

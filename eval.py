@@ -1,0 +1,95 @@
+"""
+Runs to evidence: a table, and text you can read.
+
+    python eval.py out/meanpool out/conv1d_residual          one row a run, then a validation passage beside what each makes of it
+
+PPL is exp of the mean cross-entropy over all target tokens of the validation segments; accuracy the share of them that is the
+likeliest token. Both are teacher-forced: every token is predicted from the true ones before it. The passage is not: it is
+generated greedily from the memory alone.
+"""
+import argparse
+import math
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import Batches
+from decoder import OBJECTIVES
+from load_deepseek import fetch, load, read_config
+
+
+def pick_device(name):
+    """'auto' is CUDA where there is one, else the CPU; mps is used when asked for."""
+    return torch.device(('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name)
+
+
+def autocast(device):
+    """bf16 for the matrix products on CUDA; elsewhere all is in the weights' own dtype."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == 'cuda')
+
+
+def to_device(batch, device):
+    return {name: x.to(device, non_blocking=True) for name, x in batch.items()}
+
+
+@torch.no_grad()
+def evaluate(model, batches, device, workers=0, progress=False):
+    """Loss over the batches of a Batches -> {'loss': mean nats a target token, 'ppl': its exp, 'accuracy': share of hits}."""
+    loss, hits, n, training = 0.0, 0, 0, model.training
+    model.eval()
+    for batch in tqdm(DataLoader(batches, batch_size=None, num_workers=workers), disable=not progress, leave=False):
+        with autocast(device):
+            losses, hit, _ = model(to_device(batch, device))
+        loss, hits, n = loss + losses.double().sum().item(), hits + hit.sum().item(), n + hit.numel()
+    model.train(training)
+    return {'loss': loss / n, 'ppl': math.exp(min(loss / n, 700)), 'accuracy': hits / n}
+
+
+def passage(model, batch, tokenizer, device):
+    """The target of a batch's first segment and what the model generates in its place, as text."""
+    training, first = model.training, to_device({name: x[:1] for name, x in batch.items()}, device)
+    target = first[OBJECTIVES[model.objective]]
+    model.eval()
+    with autocast(device):
+        generated = model.generate(first, target.shape[1])
+    model.train(training)
+    return tokenizer.decode(target[0].tolist()), tokenizer.decode(generated[0].tolist())
+
+
+def show(original, generated, objective):
+    """Print the two under each other, the second under its name."""
+    print(f'\n--- original\n{original}\n--- {"reconstruction" if objective == "reconstruction" else "continuation"}\n{generated}\n---')
+
+
+def main():
+    parser = argparse.ArgumentParser(description='Evaluate runs: a table, and a passage that each reconstructs or continues.')
+    parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a run')
+    parser.add_argument('--data', help='another prepared corpus (default: the one that the run was trained on)')
+    parser.add_argument('--batch_size', type=int, default=16, help='segments at once (default 16)')
+    parser.add_argument('--segments', type=int, help='validation segments (default: all)')
+    parser.add_argument('--workers', type=int, default=0, help='processes that draw pages (default 0)')
+    parser.add_argument('--device', default='auto', help='cpu, cuda, mps (default: cuda where there is one)')
+    args = parser.parse_args()
+    device, passages = pick_device(args.device), []
+    print('| run | objective | setting | positions | ratio | PPL | accuracy | encoder parameters |\n|' + '---|' * 8)
+    for folder in args.runs:
+        run = read_config(fetch(folder)).get('run')
+        if run is None:
+            raise SystemExit(f'{folder}: a checkpoint, but not a run of train.py')
+        model, tokenizer, config = load(folder, run['regime'], run['context'], run['objective'], run['hybrid'], device, **run['settings'])
+        batches = Batches(args.data or run['data'], 'val', args.batch_size, tokenizer, model.encoder.image_size, limit=args.segments)
+        result = evaluate(model, batches, device, args.workers, progress=True)
+        with torch.no_grad():
+            positions = model.prefix(to_device({k: x[:1] for k, x in batches[0].items()}, device)).shape[1]
+        setting = ', '.join(f'{k} {v}' for k, v in run['settings'].items() if v != '') + f', hybrid {run["hybrid"]}' * (run['hybrid'] > 0)
+        print(f'| {folder} | {run["objective"]} | {setting} | {positions} | {batches.meta["context"] / positions:.2f} | '
+              f'{result["ppl"]:.3f} | {result["accuracy"]:.3f} | {sum(p.numel() for p in model.encoder.parameters()):,} |', flush=True)
+        passages.append((folder, *passage(model, batches[0], tokenizer, device), run['objective']))
+    for folder, original, generated, objective in passages:
+        print(f'\n{folder}', end='')
+        show(original, generated, objective)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,87 @@
+"""What the tests share: the golden files (outputs of the authors' code at a tiny size) and a model with the golden weights."""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from decoder import Autoencoder, Decoder, DecoderConfig      # noqa: E402
+from encoders import ENCODERS, VisionConfig                   # noqa: E402
+from load_deepseek import released_tensors                    # noqa: E402
+
+GOLDENS = Path(__file__).parent / 'goldens'
+WEIGHTS = ('model.', 'lm_head.', 'conv1d_residual_', 'meanpool_')
+
+
+def golden(name):
+    """(tensors, description) of one golden file; its bf16 weights are exact, so fp32 holds them."""
+    tensors = {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in load_file(GOLDENS / f'{name}_tiny.safetensors').items()}
+    return tensors, json.loads((GOLDENS / f'{name}_tiny.json').read_text(encoding='utf-8'))
+
+
+@pytest.fixture(scope='session')
+def decoder_golden():
+    return golden('decoder')
+
+
+@pytest.fixture(scope='session')
+def vision_golden():
+    return golden('sam_clip')
+
+
+@pytest.fixture(scope='session')
+def compressor_golden():
+    return golden('compressors')
+
+
+@pytest.fixture(scope='session')
+def loss_golden():
+    return golden('losses')
+
+
+@pytest.fixture(scope='session')
+def weights(decoder_golden, vision_golden, compressor_golden):
+    """All golden weights under our names for them in a checkpoint."""
+    found = {}
+    for tensors, _ in (decoder_golden, vision_golden, compressor_golden):
+        found.update({k: v for k, v in tensors.items() if k.startswith(WEIGHTS)})
+    rename = [('conv1d_residual_pyramid.', 'conv1d_residual.pyramid.'), ('conv1d_residual_separator', 'conv1d_residual.separator'),
+              ('meanpool_separator', 'meanpool.separator')]
+    for old, new in rename:
+        found = {k.replace(old, new): v for k, v in found.items()}
+    return found
+
+
+def golden_config():
+    """The sizes of the golden files."""
+    return DecoderConfig(vocab_size=512, hidden_size=64, intermediate_size=176, moe_intermediate_size=48, num_hidden_layers=3,
+                         num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, num_experts_per_tok=3,
+                         vision=VisionConfig(sam_width=48, sam_layers=4, sam_heads=4, sam_global=(1, 3), sam_neck=16, sam_down=(32, 64),
+                                             clip_layers=3, clip_heads=4, clip_mlp=256))
+
+
+def golden_model(weights, regime, context=1000, objective='reconstruction', prompt=(), hybrid=0, **settings):
+    """An Autoencoder of ours with the golden weights."""
+    config = golden_config()
+    model = Autoencoder(ENCODERS[regime](config, context, **settings), Decoder(config), objective, prompt, hybrid)
+    for name, tensor in released_tensors(model, regime).items():
+        assert tensor.shape == weights[name].shape, name
+        tensor.copy_(weights[name])
+    return model
+
+
+def golden_image(size, k=0):
+    """The image that the golden files define by a formula: uint8 (3, size, size)."""
+    c, y, x = torch.meshgrid(torch.arange(3), torch.arange(size), torch.arange(size), indexing='ij')
+    pixels = y * (3 + c + k) + x * (5 + 2 * c) + ((x * y) >> (5 + c)) + ((y // (29 + k)) ^ (x // 41)) * 37
+    return (pixels & 255).to(torch.uint8)
+
+
+def close(ours, golden, tolerance=1e-5):
+    worst = (ours - golden).abs().max().item()
+    assert worst <= tolerance, f'differs by {worst:.2e}, more than {tolerance}'
