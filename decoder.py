@@ -137,16 +137,16 @@ def grouped_linear(x, weight, ends):
 
 
 class Permute(torch.autograd.Function):
-    """x[order] whose gradient is grad[inverse]: autograd does not know that no row repeats and would scatter-add instead."""
+    """The rows of x in another order, and back for the gradient: autograd does not know that no row repeats and would scatter-add instead."""
 
     @staticmethod
     def forward(ctx, x, order, inverse):
         ctx.save_for_backward(inverse)
-        return x[order]
+        return x.index_select(0, order)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad[ctx.saved_tensors[0]], None, None
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
 
 
 class Experts(nn.Module):

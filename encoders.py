@@ -122,14 +122,15 @@ class VisionConfig:
     sam_width: int = 768
     sam_layers: int = 12
     sam_heads: int = 12
-    sam_global: tuple = (2, 5, 8, 11)       # layers that attend over the whole page, not within windows
-    sam_window: int = 14
+    sam_global: tuple = (2, 5, 8, 11)       # layers that attend over the whole page, the others within windows
     sam_neck: int = 256
-    sam_down: tuple = (512, 1024)           # channels of the two stride-2 convolutions; the last is CLIP's width
+    clip_width: int = 1024
     clip_layers: int = 24
     clip_heads: int = 16
     clip_mlp: int = 4096
-    clip_grid: int = 16                     # patches a side that CLIP's position table is made for
+
+
+WINDOW, CLIP_GRID = 14, 16                  # patches a side: of SAM's windows, and that CLIP's position table is made for
 
 
 def resize_positions(table, size):
@@ -218,13 +219,13 @@ class SAM(nn.Module):
         grid = v.image_size // 16
         self.patch_embed = nn.ModuleDict({'proj': nn.Conv2d(3, v.sam_width, 16, stride=16)})
         self.pos_embed = nn.Parameter(torch.randn(1, grid, grid, v.sam_width) * 0.02)
-        self.blocks = nn.ModuleList(SAMBlock(v.sam_width, v.sam_heads, 0 if i in v.sam_global else v.sam_window, grid)
+        self.blocks = nn.ModuleList(SAMBlock(v.sam_width, v.sam_heads, 0 if i in v.sam_global else WINDOW, grid)
                                     for i in range(v.sam_layers))
         conv = lambda a, b, size, **k: nn.Conv2d(a, b, size, bias=False, **k)
         self.neck = nn.Sequential(conv(v.sam_width, v.sam_neck, 1), ChannelNorm(v.sam_neck, eps=1e-6),
                                   conv(v.sam_neck, v.sam_neck, 3, padding=1), ChannelNorm(v.sam_neck, eps=1e-6))
-        self.net_2 = conv(v.sam_neck, v.sam_down[0], 3, stride=2, padding=1)
-        self.net_3 = conv(v.sam_down[0], v.sam_down[1], 3, stride=2, padding=1)
+        self.net_2 = conv(v.sam_neck, v.clip_width // 2, 3, stride=2, padding=1)
+        self.net_3 = conv(v.clip_width // 2, v.clip_width, 3, stride=2, padding=1)
 
     def forward(self, image):
         x = self.patch_embed.proj(image).permute(0, 2, 3, 1)                      # (B, H, W, C), H = W = S / 16
@@ -257,9 +258,9 @@ class CLIP(nn.Module):
 
     def __init__(self, v):
         super().__init__()
-        C = v.sam_down[1]
+        C = v.clip_width
         self.embeddings = nn.ModuleDict({'patch_embedding': nn.Conv2d(3, C, 14, stride=14, bias=False),     # never used, but
-                                         'position_embedding': nn.Embedding(1 + v.clip_grid ** 2, C)})      # in the checkpoint
+                                         'position_embedding': nn.Embedding(1 + CLIP_GRID ** 2, C)})      # in the checkpoint
         self.embeddings.class_embedding = nn.Parameter(torch.randn(C) * 0.02)
         nn.init.normal_(self.embeddings.position_embedding.weight, std=0.02)
         self.pre_layrnorm = nn.LayerNorm(C, eps=1e-5)                             # (sic)
@@ -269,8 +270,7 @@ class CLIP(nn.Module):
     def forward(self, features):
         B, C, h, _ = features.shape
         table = self.embeddings.position_embedding.weight                         # class position, then a square of patches
-        side = int((len(table) - 1) ** 0.5)
-        patches = resize_positions(table[1:].view(1, side, side, C), h).view(-1, C)
+        patches = resize_positions(table[1:].view(1, CLIP_GRID, CLIP_GRID, C), h).view(-1, C)
         x = torch.cat([self.embeddings.class_embedding.expand(B, 1, C).type_as(features),
                        features.flatten(2).transpose(1, 2)], dim=1)
         x = self.pre_layrnorm(x + torch.cat([table[:1], patches]))
@@ -299,7 +299,7 @@ class Vision(nn.Module):
         self.prompt = vision_prompt                                               # text that the decoder reads after the memory
         self.sam_model = SAM(v)
         self.vision_model = CLIP(v)
-        self.projector = nn.ModuleDict({'layers': nn.Linear(2 * v.sam_down[1], config.hidden_size)})
+        self.projector = nn.ModuleDict({'layers': nn.Linear(2 * v.clip_width, config.hidden_size)})
         self.image_newline = nn.Parameter(torch.randn(config.hidden_size) * config.hidden_size ** -0.5)
         self.view_seperator = separator(config.hidden_size)                       # (sic)
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data import Batches
 from decoder import OBJECTIVES
-from load_deepseek import fetch, load, read_config
+from load_deepseek import load_run
 
 
 def pick_device(name):
@@ -62,7 +62,7 @@ def show(original, generated, objective):
     print(f'\n--- original\n{original}\n--- {"reconstruction" if objective == "reconstruction" else "continuation"}\n{generated}\n---')
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description='Evaluate runs: a table, and a passage that each reconstructs or continues.')
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a run')
     parser.add_argument('--data', help='another prepared corpus (default: the one that the run was trained on)')
@@ -70,14 +70,12 @@ def main():
     parser.add_argument('--segments', type=int, help='validation segments (default: all)')
     parser.add_argument('--workers', type=int, default=0, help='processes that draw pages (default 0)')
     parser.add_argument('--device', default='auto', help='cpu, cuda, mps (default: cuda where there is one)')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device, passages = pick_device(args.device), []
     print('| run | objective | setting | positions | ratio | PPL | accuracy | encoder parameters |\n|' + '---|' * 8)
     for folder in args.runs:
-        run = read_config(fetch(folder)).get('run')
-        if run is None:
-            raise SystemExit(f'{folder}: a checkpoint, but not a run of train.py')
-        model, tokenizer, config = load(folder, run['regime'], run['context'], run['objective'], run['hybrid'], device, **run['settings'])
+        model, tokenizer, config = load_run(folder, device)
+        run = config['run']
         batches = Batches(args.data or run['data'], 'val', args.batch_size, tokenizer, model.encoder.image_size, limit=args.segments)
         result = evaluate(model, batches, device, args.workers, progress=True)
         with torch.no_grad():

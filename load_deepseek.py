@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import huggingface_hub
@@ -30,20 +30,20 @@ import torch
 from decoder import Autoencoder, Decoder, DecoderConfig
 from encoders import ENCODERS, VisionConfig, settings_of
 
+# Models without weights, as the config.json that they would have; what is not said is as in DeepSeek-OCR.
 PRESETS = {
-    'full': DecoderConfig(vision=VisionConfig()),
-    'tiny': DecoderConfig(vocab_size=259, hidden_size=128, intermediate_size=352, moe_intermediate_size=96, num_hidden_layers=4,
-                          num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2,
-                          vision=VisionConfig(image_size=256, sam_width=96, sam_layers=4, sam_heads=3, sam_global=(1, 3),
-                                              sam_neck=32, sam_down=(64, 128), clip_layers=4, clip_heads=4, clip_mlp=512)),
+    'full': {'language_config': {}, 'vision_config': {}},
+    'tiny': {'language_config': dict(vocab_size=259, hidden_size=128, intermediate_size=352, moe_intermediate_size=96, num_hidden_layers=4,
+                                     num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, n_shared_experts=1,
+                                     num_experts_per_tok=2),
+             'vision_config': {'image_size': 256, 'width': {
+                 'sam_vit_b': {'width': 96, 'layers': 4, 'heads': 3, 'global_attn_indexes': [1, 3]},
+                 'clip-l-14-224': {'width': 128, 'layers': 4, 'heads': 4}}}},
 }
 VISION_TENSORS = ('model.sam_model.', 'model.vision_model.', 'model.projector.', 'model.image_newline', 'model.view_seperator')
 # What this decoder takes for granted: a checkpoint whose config.json says otherwise would load, and be wrong.
 ASSUMED = {'use_mla': False, 'topk_method': 'greedy', 'norm_topk_prob': False, 'routed_scaling_factor': 1.0, 'hidden_act': 'silu',
            'scoring_func': 'softmax', 'moe_layer_freq': 1, 'rope_scaling': None, 'attention_bias': False, 'mlp_bias': False}
-
-
-# ------------------------------------------------------------------------------------------------------------- tokenizer
 
 # tokenizer.json cuts text in three passes: digits, runs of Chinese or kana (K), then the rest. As one pattern, what a later
 # pass would take must stop where an earlier one has cut; and the last line takes what no pass matches (controls, joiners),
@@ -56,10 +56,12 @@ PATTERN = '|'.join([
 ]).replace('K', r'\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff')
 
 
-def byte_tokenizer():
-    """UTF-8 bytes as ids 3 to 258, after the three special tokens with which DeepSeek's vocabulary starts too."""
-    return tiktoken.Encoding('bytes', pat_str=r'(?s:.)', mergeable_ranks={bytes([b]): 3 + b for b in range(256)},
-                             special_tokens={'<bos>': 0, '<eos>': 1, '<pad>': 2})
+def read_json(path):
+    """A JSON file that must be there. Raises SystemExit."""
+    try:
+        return json.loads(Path(path).read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e:
+        raise SystemExit(f'{path}: cannot be read ({e})')
 
 
 def load_tokenizer(path):
@@ -68,15 +70,14 @@ def load_tokenizer(path):
     A merge's rank is the id that it makes, so the vocabulary alone defines the encoding. encode_ordinary takes a special
     string in a text, like <image>, for plain text; Hugging Face's tokenizers would not. Raises SystemExit for another family.
     """
+    spec = read_json(path)
     try:
-        spec = json.loads(Path(path).read_text(encoding='utf-8'))
         splits = [step['pattern']['Regex'] for step in spec['pre_tokenizer']['pretokenizers'] if step['type'] == 'Split']
         vocab, special = spec['model']['vocab'], {token['content']: token['id'] for token in spec['added_tokens']}
         merged = [vocab[''.join(pair.split(' ') if isinstance(pair, str) else pair)] for pair in spec['model']['merges']]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise SystemExit(f'{path}: no tokenizer of DeepSeek-OCR ({type(e).__name__}: {e})')
-    if len(splits) != 3 or splits[0] != r'\p{N}{1,3}' or merged != sorted(merged):
-        raise SystemExit(f'{path}: not of the DeepSeek-V3 family (it splits text otherwise, or merges in another order)')
+        assert len(splits) == 3 and splits[0] == r'\p{N}{1,3}' and merged == sorted(merged)
+    except (KeyError, TypeError, AssertionError):
+        raise SystemExit(f'{path}: not a tokenizer of the DeepSeek-V3 family')
     # Byte-level BPE spells bytes as printable characters: printable ones as themselves, the others from U+0100 on.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
@@ -85,52 +86,13 @@ def load_tokenizer(path):
     return tiktoken.Encoding('deepseek', pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
-# ----------------------------------------------------------------------------------------------------------- config.json
+def tokenizer_of(source):
+    """The tokenizer of a checkpoint. Presets, and runs from one, have UTF-8 bytes: ids 3 to 258, behind bos, eos and pad."""
+    if source not in PRESETS and read_json(fetch(source) / 'config.json').get('run', {}).get('tokenizer') != 'bytes':
+        return load_tokenizer(fetch(source) / 'tokenizer.json')
+    return tiktoken.Encoding('bytes', pat_str=r'(?s:.)', mergeable_ranks={bytes([b]): 3 + b for b in range(256)},
+                             special_tokens={'<bos>': 0, '<eos>': 1, '<pad>': 2})
 
-def read_config(folder):
-    """config.json of a checkpoint folder as a dict."""
-    try:
-        return json.loads(Path(folder, 'config.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e:
-        raise SystemExit(f'{folder}: not a checkpoint, config.json cannot be read ({e})')
-
-
-def sizes_from(config, shape, vision):
-    """config.json to a DecoderConfig, with the vision encoder's sizes if asked for.
-
-    shape(tensor name) -> list: config.json is silent or stale on many of the vision encoder's sizes, the tensors are not.
-    Raises SystemExit where config.json wants a decoder that this one is not.
-    """
-    language = config.get('language_config', config)
-    for key, value in ASSUMED.items():
-        if language.get(key, value) != value:
-            raise SystemExit(f'config.json: {key} is {language[key]}; this decoder knows only {value}')
-    sizes = DecoderConfig(**{f.name: language[f.name] for f in fields(DecoderConfig) if language.get(f.name) is not None})
-    if vision:
-        sam, clip = (config['vision_config']['width'][name] for name in ('sam_vit_b', 'clip-l-14-224'))
-        s, c, windowed = 'model.sam_model.', 'model.vision_model.', min(set(range(99)) - set(sam['global_attn_indexes']))
-        sizes.vision = VisionConfig(
-            image_size=16 * shape(s + 'pos_embed')[1], sam_width=shape(s + 'pos_embed')[3], sam_layers=sam['layers'],
-            sam_heads=sam['heads'], sam_global=tuple(sam['global_attn_indexes']), sam_neck=shape(s + 'neck.0.weight')[0],
-            sam_window=(shape(f'{s}blocks.{windowed}.attn.rel_pos_h')[0] + 1) // 2,
-            sam_down=(shape(s + 'net_2.weight')[0], shape(s + 'net_3.weight')[0]),
-            clip_layers=clip['layers'], clip_heads=clip['heads'], clip_mlp=shape(c + 'transformer.layers.0.mlp.fc1.weight')[0],
-            clip_grid=int((shape(c + 'embeddings.position_embedding.weight')[0] - 1) ** 0.5))
-    return sizes
-
-
-def config_of(sizes):
-    """A DecoderConfig as a dict in the layout of the released config.json."""
-    v, language = sizes.vision, {k: x for k, x in asdict(sizes).items() if k != 'vision'}
-    sam = {'layers': v.sam_layers, 'width': v.sam_width, 'heads': v.sam_heads, 'global_attn_indexes': list(v.sam_global),
-           'downsample_channels': list(v.sam_down)}
-    clip = {'layers': v.clip_layers, 'width': v.sam_down[1], 'heads': v.clip_heads, 'image_size': 14 * v.clip_grid, 'patch_size': 14}
-    return {'model_type': 'deepseek_vl_v2', 'language_config': language,
-            'vision_config': {'image_size': v.image_size, 'width': {'sam_vit_b': sam, 'clip-l-14-224': clip}},
-            'projector_config': {'projector_type': 'linear', 'input_dim': 2 * v.sam_down[1], 'n_embed': sizes.hidden_size}}
-
-
-# --------------------------------------------------------------------------------------------------------------- weights
 
 def fetch(source):
     """The checkpoint's folder: `source` itself, or what the model hub has under that name."""
@@ -142,11 +104,31 @@ def fetch(source):
         raise SystemExit(f'{source}: no such folder, and not to be had from the model hub ({type(e).__name__})')
 
 
+def sizes_from(config, shape):
+    """config.json to a DecoderConfig with its VisionConfig. shape(tensor name, default) -> list: config.json is silent or
+    stale on some of the vision encoder's sizes, its tensors are not. Raises SystemExit where this is not our decoder."""
+    language = config.get('language_config', config)
+    for key, value in ASSUMED.items():
+        if language.get(key, value) != value:
+            raise SystemExit(f'config.json: {key} is {language[key]}; this decoder knows only {value}')
+    sizes = DecoderConfig(**{f.name: language[f.name] for f in fields(DecoderConfig) if language.get(f.name) is not None})
+    width = config.get('vision_config', {}).get('width', {})
+    sam, clip, v = width.get('sam_vit_b', {}), width.get('clip-l-14-224', {}), VisionConfig()
+    clip_width = clip.get('width', v.clip_width)
+    sizes.vision = VisionConfig(
+        image_size=16 * shape('model.sam_model.pos_embed', [1, config.get('vision_config', {}).get('image_size', v.image_size) // 16])[1],
+        sam_width=sam.get('width', v.sam_width), sam_layers=sam.get('layers', v.sam_layers), sam_heads=sam.get('heads', v.sam_heads),
+        sam_global=tuple(sam.get('global_attn_indexes', v.sam_global)), sam_neck=shape('model.sam_model.neck.0.weight', [clip_width // 4])[0],
+        clip_width=clip_width, clip_layers=clip.get('layers', v.clip_layers), clip_heads=clip.get('heads', v.clip_heads),
+        clip_mlp=shape('model.vision_model.transformer.layers.0.mlp.fc1.weight', [4 * clip_width])[0])
+    return sizes
+
+
 def open_tensors(folder):
     """The tensors of a folder, those of its index if there is one: {name: the open safetensors file that holds it}."""
     index, files = folder / 'model.safetensors.index.json', sorted(folder.glob('*.safetensors'))
     if index.exists():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()))]
+        files = [folder / name for name in sorted(set(read_json(index)['weight_map'].values()))]
     if not files:
         raise SystemExit(f'{folder}: no *.safetensors, so no weights')
     tensors = {}
@@ -173,13 +155,6 @@ def released_tensors(model, regime):
     return tensors
 
 
-def tokenizer_of(source):
-    """The tokenizer of a preset (bytes), a folder or a hub id."""
-    if source in PRESETS or read_config(fetch(source)).get('run', {}).get('tokenizer') == 'bytes':
-        return byte_tokenizer()
-    return load_tokenizer(fetch(source) / 'tokenizer.json')
-
-
 def load(source, regime, context, objective='reconstruction', hybrid=0, device='cpu', dtype=torch.float32, **settings):
     """Build an Autoencoder from a preset's name, a folder or a hub id -> (model, tokenizer, config).
 
@@ -189,51 +164,44 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
     names it; those of another registered encoder are left out.
     """
     folder = None if source in PRESETS else fetch(source)
-    config, files = (config_of(PRESETS[source]), {}) if folder is None else (read_config(folder), open_tensors(folder))
-    run = config.get('run', {})
+    config = PRESETS[source] if folder is None else read_json(folder / 'config.json')
+    files, run = {} if folder is None else open_tensors(folder), config.get('run', {})
     if regime not in ENCODERS:
         raise SystemExit(f'--regime {regime}: not one of {", ".join(ENCODERS)}')
+    if not 0 <= hybrid <= context:
+        raise SystemExit(f'--hybrid_text_tokens {hybrid}: not between 0 and the context length {context}')
+    shape = lambda name, default=None: files[name].get_slice(name).get_shape() if name in files else default
     has_encoder = bool(files) and ('vision_config' in config if regime == 'vision' else run.get('regime') == regime)
-
-    def shape(name):
-        if name not in files:
-            raise SystemExit(f'{source}: has no tensor {name}, which regime {regime} needs')
-        return files[name].get_slice(name).get_shape()
-
-    sizes = replace(PRESETS[source]) if folder is None else sizes_from(config, shape, vision=regime == 'vision' and has_encoder)
-    settings = {k: v for k, v in settings.items() if v is not None}
+    sizes, settings = sizes_from(config, shape), {k: v for k, v in settings.items() if v is not None}
+    with torch.device('meta' if files else device):
+        decoder = Decoder(sizes).to(dtype)
     try:
         with torch.device('meta' if has_encoder else device):
             encoder = ENCODERS[regime](sizes, context, **settings).to(dtype)
     except ValueError as e:
         raise SystemExit(f'--regime {regime}: {e}')
-    with torch.device('meta' if files else device):
-        decoder = Decoder(sizes).to(dtype)
     tokenizer = tokenizer_of(source)
-    if not 0 <= hybrid <= context:
-        raise SystemExit(f'--hybrid_text_tokens {hybrid}: not between 0 and the context length {context}')
     model = Autoencoder(encoder, decoder, objective, tokenizer.encode_ordinary(getattr(encoder, 'prompt', '')), hybrid)
 
     if files:
-        wanted = [name for name, tensor in released_tensors(model, regime).items() if tensor.is_meta]
+        wanted = {name: list(t.shape) for name, t in released_tensors(model, regime).items() if t.is_meta}
         other = tuple(f'{name}.' for name in ENCODERS if name != regime) + (VISION_TENSORS if regime != 'vision' else ())
-        skipped = [name for name in files.keys() - set(wanted) if name.startswith(other)]
-        if unexpected := sorted(files.keys() - set(wanted) - set(skipped)):
-            raise SystemExit(f'{source}: unexpected tensor {unexpected[0]} ({len(unexpected)} such)')
-        for part in [model.decoder] + [model.encoder] * has_encoder:
-            part.to_empty(device=device)
-        tensors = released_tensors(model, regime)
-        for name in wanted:
-            if shape(name) != list(tensors[name].shape):
-                raise SystemExit(f'{source}: tensor {name} has shape {shape(name)}, not {list(tensors[name].shape)}')
-            tensors[name].copy_(files[name].get_tensor(name))
+        skipped = [name for name in files if name not in wanted and name.startswith(other)]
         if skipped:
-            print(f'{source}: left out {len(skipped)} tensors of another encoder ({min(skipped)} ...)')
+            print(f'{source}: left out {len(skipped)} tensors of another encoder ({skipped[0]} ...)')
+        for name in sorted(wanted.keys() | files.keys() - set(skipped)):
+            if shape(name) != wanted.get(name):
+                raise SystemExit(f'{source}: tensor {name} is {shape(name, "missing")}, regime {regime} wants {wanted.get(name, "no such")}')
+        for part in [decoder] + [encoder] * has_encoder:
+            part.to_empty(device=device)
+        for name, tensor in released_tensors(model, regime).items():
+            if name in wanted:
+                tensor.copy_(files[name].get_tensor(name))
     known = settings_of(ENCODERS[regime])
-    config['run'] = {'regime': regime, 'context': context, 'objective': objective, 'hybrid': hybrid, 'tokenizer': tokenizer.name,
-                     'settings': {k: getattr(encoder, k, settings.get(k, known[k].default)) for k in known},
-                     'pretrained_encoder': has_encoder and run.get('pretrained_encoder', 'run' not in config)}
-    return model, tokenizer, config
+    run = {**run, 'regime': regime, 'context': context, 'objective': objective, 'hybrid': hybrid, 'tokenizer': tokenizer.name,
+           'settings': {k: getattr(encoder, k, settings.get(k, known[k].default)) for k in known},
+           'pretrained_encoder': has_encoder and run.get('pretrained_encoder', 'run' not in config)}
+    return model, tokenizer, {**config, 'run': run}
 
 
 def write_aside(path, write):
@@ -245,43 +213,42 @@ def write_aside(path, write):
     os.replace(temporary, path)
 
 
-def write_checkpoint(folder, config, tensors, step=None):
-    """Write a folder in the released format. With a step the weights' file is named after it, so that the index, which is
-    written last, goes from one whole checkpoint to the next in a single rename."""
-    name = 'model.safetensors' if step is None else f'model-{step:08d}.safetensors'
-    index = {'metadata': {'total_size': sum(t.nbytes for t in tensors.values()), 'step': step},
-             'weight_map': dict.fromkeys(tensors, name)}
+def save(model, config, folder, step=0, source=None):
+    """Write a model, in the dtype that it has, and the config that load() gave with it, as a checkpoint folder.
+
+    The file of weights is named after the step, so that the index, which is written last, goes from one whole checkpoint to the
+    next in a single rename. What else stands in the folder `source` (tokenizer, modelling code) is copied along.
+    """
+    folder, name = Path(folder), f'model-{step:08d}.safetensors'
+    tensors = {k: t.contiguous().cpu() for k, t in released_tensors(model, config['run']['regime']).items()}
+    index = {'metadata': {'total_size': sum(t.nbytes for t in tensors.values()), 'step': step}, 'weight_map': dict.fromkeys(tensors, name)}
     folder.mkdir(parents=True, exist_ok=True)
+    for file in sorted(Path(source).glob('*')) if source else []:
+        if file.suffix in ('.json', '.py', '.txt') and file.name not in ('config.json', 'model.safetensors.index.json'):
+            shutil.copyfile(file, folder / file.name)
     write_aside(folder / name, lambda path: safetensors.torch.save_file(tensors, path, {'format': 'pt'}))
     for file, content in (('config.json', config), ('model.safetensors.index.json', index)):
         write_aside(folder / file, lambda path: path.write_text(json.dumps(content, indent=1), encoding='utf-8'))
 
 
-def save(model, config, folder, step=None):
-    """Write a model and the config that load() gave with it, in the dtype that the model has."""
-    tensors = released_tensors(model, config['run']['regime'])
-    write_checkpoint(Path(folder), config, {name: t.contiguous().cpu() for name, t in tensors.items()}, step)
+def load_run(folder, device='cpu', dtype=torch.float32):
+    """load() with the choices that a run was made with."""
+    run = read_json(fetch(folder) / 'config.json').get('run')
+    if run is None:
+        raise SystemExit(f'{folder}: a checkpoint, but not a run of train.py')
+    return load(folder, run['regime'], run['context'], run['objective'], run['hybrid'], device, dtype, **run['settings'])
 
 
-def copy_companions(source, folder):
-    """Copy what else a checkpoint folder holds (tokenizer, processor settings, modelling code), so that a run stands alone."""
-    for file in sorted(Path(source).glob('*')):
-        if file.suffix in ('.json', '.py', '.txt') and file.name not in ('config.json', 'model.safetensors.index.json'):
-            shutil.copyfile(file, Path(folder, file.name))
-
-
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description="Write a run's weights in bf16 under DeepSeek-OCR's names.")
     parser.add_argument('run', help='folder of a run')
     parser.add_argument('--export', required=True, metavar='DIR', help='new folder for the checkpoint')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if Path(args.export).exists():
         raise SystemExit(f'{args.export}: exists already')
-    run = Path(args.run)
-    config, files = read_config(run), open_tensors(run)
-    write_checkpoint(Path(args.export), config, {name: f.get_tensor(name).to(torch.bfloat16) for name, f in files.items()})
-    copy_companions(run, args.export)
-    print(f'{args.export}: {len(files)} tensors in bf16')
+    model, _, config = load_run(args.run, dtype=torch.bfloat16)
+    save(model, config, args.export, source=args.run)
+    print(f'{args.export}: written in bf16')
 
 
 if __name__ == '__main__':

@@ -107,12 +107,12 @@ def render_page(text, size, font='DejaVuSans.ttf', font_size=None, line_spacing=
     return page, low, drawn, ' '.join(word for line in lines[drawn:] for _, word in line)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description='Draw a text file as the page that the vision encoder sees.')
     parser.add_argument('file', help='UTF-8 text')
     parser.add_argument('--size', type=int, default=640, help='page side in pixels (default 640)')
     parser.add_argument('--out', default='page.png', help='where the image goes (default page.png)')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         text = Path(args.file).read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as e:

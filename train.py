@@ -23,7 +23,7 @@ from data import Batches, open_corpus, prepare
 from decoder import OBJECTIVES
 from encoders import ENCODERS, settings_of
 from eval import autocast, evaluate, passage, pick_device, show, to_device
-from load_deepseek import PRESETS, copy_companions, fetch, load, read_config, save, tokenizer_of, write_aside
+from load_deepseek import PRESETS, fetch, load, read_json, save, tokenizer_of, write_aside
 
 # What suits the tiny model and the paper's recipe, where they differ: (tiny, any other)
 DEFAULTS = {'context': (128, 1000), 'continuation': (128, 1000), 'steps': (500, None), 'batch_size': (16, 8),
@@ -96,7 +96,7 @@ def resolve(args, source):
             setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     prepared = Path(args.data, 'meta.json')
     meta = json.loads(prepared.read_text(encoding='utf-8')) if prepared.exists() else {}
-    tiny = source.get('language_config', source)['hidden_size'] <= 256
+    tiny = source.get('language_config', source).get('hidden_size', 1280) <= 256
     for name, values in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, meta.get(name, values[not tiny]))
@@ -118,15 +118,15 @@ def corpus(args, tokenizer):
     return str(folder)
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     if args.resume:
         folder = args.output_dir or f'out/{args.regime or "meanpool"}' + '_lm' * (args.objective == 'lm')
         if not Path(folder, 'model.safetensors.index.json').exists():
             raise SystemExit(f'--resume: no saved run in {folder}')
-        args = parse_args(defaults=read_config(folder)['run']['args'])          # what is on the command line goes first
+        args = parse_args(argv, defaults=read_json(Path(folder, 'config.json'))['run']['args'])          # what is on the command line goes first
         args.model = args.output_dir = folder
-    source = read_config(fetch(args.model)) if args.model not in PRESETS else {'hidden_size': PRESETS[args.model].hidden_size}
+    source = PRESETS[args.model] if args.model in PRESETS else read_json(fetch(args.model) / 'config.json')
     resolve(args, source)
     out, device = Path(args.output_dir), pick_device(args.device)
     if (out / 'config.json').exists() and not args.resume:
@@ -160,8 +160,6 @@ def main():
         torch.set_rng_state(state['rng'])
     else:
         out.mkdir(parents=True, exist_ok=True)
-        if args.model not in PRESETS:
-            copy_companions(fetch(args.model), out)
     count = lambda part: sum(p.numel() for p in part.parameters())
     print(f'{out}: {args.regime} {settings}, {args.objective}; encoder {count(model.encoder):,} and decoder {count(model.decoder):,} '
           f'parameters; {train.n:,} segments of {args.context} + {args.continuation} tokens; steps {start} to {args.steps} on {device}')
@@ -170,7 +168,7 @@ def main():
         """Write weights and optimiser under new names; the index names both, and is the last to be renamed."""
         state = {'optimizer': optimizer.state_dict(), 'rng': torch.get_rng_state()}
         write_aside(out / f'trainer-{step:08d}.pt', lambda path: torch.save(state, path))
-        save(model, config, out, step)
+        save(model, config, out, step, source=None if args.model in PRESETS or args.resume else fetch(args.model))
         for old in [*out.glob('model-*.safetensors'), *out.glob('trainer-*.pt')]:
             if f'-{step:08d}' not in old.name:
                 old.unlink()

@@ -61,7 +61,7 @@ def golden_config():
     """The sizes of the golden files."""
     return DecoderConfig(vocab_size=512, hidden_size=64, intermediate_size=176, moe_intermediate_size=48, num_hidden_layers=3,
                          num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, num_experts_per_tok=3,
-                         vision=VisionConfig(sam_width=48, sam_layers=4, sam_heads=4, sam_global=(1, 3), sam_neck=16, sam_down=(32, 64),
+                         vision=VisionConfig(sam_width=48, sam_layers=4, sam_heads=4, sam_global=(1, 3), sam_neck=16, clip_width=64,
                                              clip_layers=3, clip_heads=4, clip_mlp=256))
 
 

@@ -1,0 +1,164 @@
+"""The released format: names, shapes and strictness, both ways."""
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import GOLDENS, golden_model
+from encoders import ENCODERS
+from load_deepseek import load, load_run, main, read_json, released_tensors, save, sizes_from
+from safetensors.torch import load_file, save_file
+from decoder import Autoencoder, Decoder
+
+
+@pytest.fixture
+def released(tmp_path, weights):
+    """A folder like DeepSeek-OCR's at the golden sizes: its config.json but smaller, its tensor names, a tokenizer of its kind."""
+    config = json.loads((GOLDENS / 'released_config.json').read_text(encoding='utf-8'))
+    small = dict(hidden_size=64, intermediate_size=176, moe_intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+                 num_key_value_heads=4, n_routed_experts=8, num_experts_per_tok=3, vocab_size=512)
+    config['language_config'].update(small)
+    config.update(small)
+    config['vision_config']['width'] = {
+        'sam_vit_b': {'downsample_channels': [32, 64], 'global_attn_indexes': [1, 3], 'heads': 4, 'layers': 4, 'width': 48},
+        'clip-l-14-224': {'heads': 4, 'image_size': 224, 'layers': 3, 'patch_size': 14, 'width': 64}}
+    folder = tmp_path / 'DeepSeek-OCR'
+    folder.mkdir()
+    (folder / 'config.json').write_text(json.dumps(config), encoding='utf-8')
+    letters = [chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
+    tokenizer = {'pre_tokenizer': {'pretokenizers': [{'type': 'Split', 'pattern': {'Regex': r}} for r in (r'\p{N}{1,3}', 'b', 'c')]},
+                 'added_tokens': [{'content': '<bos>', 'id': 0}, {'content': '<eos>', 'id': 1}, {'content': '<pad>', 'id': 2}],
+                 'model': {'vocab': {c: 3 + i for i, c in enumerate(letters)}, 'merges': []}}
+    (folder / 'tokenizer.json').write_text(json.dumps(tokenizer), encoding='utf-8')
+    tensors = {k: v.bfloat16().contiguous() for k, v in weights.items() if k.startswith(('model.', 'lm_head.'))}
+    names = sorted(tensors)
+    files = {'model-00001-of-000002.safetensors': names[::2], 'model-00002-of-000002.safetensors': names[1::2]}
+    for file, part in files.items():
+        save_file({k: tensors[k] for k in part}, folder / file)
+    index = {'weight_map': {k: file for file, part in files.items() for k in part}}
+    (folder / 'model.safetensors.index.json').write_text(json.dumps(index), encoding='utf-8')
+    return folder
+
+
+@pytest.mark.parametrize('regime', ENCODERS)
+def test_load_gives_the_released_weights(released, weights, regime, capsys):
+    model, tokenizer, config = load(str(released), regime, 1000)
+    expected = golden_model(weights, regime)
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), expected.named_parameters(), strict=True):
+        if regime == 'vision' or name.startswith('decoder'):
+            assert torch.equal(ours, theirs), name
+    assert ('left out 112 tensors' in capsys.readouterr().out) == (regime != 'vision')
+    assert config['run']['pretrained_encoder'] == (regime == 'vision')
+    assert config['vision_config'] == read_json(released / 'config.json')['vision_config']
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('regime', ENCODERS)
+def test_load_save_load_is_bit_exact(released, tmp_path, regime, dtype):
+    model, _, config = load(str(released), regime, 1000, 'lm', 5, dtype=dtype)
+    save(model, config, tmp_path / 'run', source=released)
+    again, tokenizer, config_again = load_run(tmp_path / 'run', dtype=dtype)
+    assert tokenizer.name == 'deepseek' and again.objective == 'lm' and again.hybrid == 5
+    assert config_again['run'] == config['run']
+    for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert a.dtype == b.dtype == dtype and torch.equal(a, b), name
+    save(again, config_again, tmp_path / 'twice', source=tmp_path / 'run')
+    for file in (tmp_path / 'run').iterdir():
+        assert file.read_bytes() == (tmp_path / 'twice' / file.name).read_bytes(), file.name
+
+
+def test_export_is_the_released_checkpoint(released, tmp_path):
+    """load and export of the vision model give back every released tensor, bit by bit, under its name."""
+    model, _, config = load(str(released), 'vision', 1000)
+    save(model, config, tmp_path / 'run', source=released)
+    main([str(tmp_path / 'run'), '--export', str(tmp_path / 'ocr')])
+    index = read_json(tmp_path / 'ocr' / 'model.safetensors.index.json')['weight_map']
+    ours = load_file(tmp_path / 'ocr' / next(iter(index.values())))
+    theirs = {k: v for file in released.glob('*.safetensors') for k, v in load_file(file).items()}
+    assert ours.keys() == theirs.keys() == index.keys()
+    assert all(ours[k].dtype == torch.bfloat16 and torch.equal(ours[k], theirs[k]) for k in theirs)
+    assert (tmp_path / 'ocr' / 'tokenizer.json').exists()
+    with pytest.raises(SystemExit, match='exists already'):
+        main([str(tmp_path / 'run'), '--export', str(tmp_path / 'ocr')])
+
+
+def test_full_size_names_and_shapes():
+    """What save would write for the vision model at full size is what DeepSeek-OCR's checkpoint holds: 2710 names, 6.67 GB in bf16."""
+    sizes = sizes_from(read_json(GOLDENS / 'released_config.json'), lambda name, default=None: default)
+    with torch.device('meta'):
+        model = Autoencoder(ENCODERS['vision'](sizes, 1000), Decoder(sizes))
+    ours = {name: list(t.shape) for name, t in released_tensors(model, 'vision').items()}
+    theirs = {k: v['shape'] for k, v in read_json(GOLDENS / 'deepseek_ocr_tensors.json')['tensors'].items()}
+    assert ours == theirs
+    assert len(ours) == 2710 and 2 * sum(t.numel() for t in released_tensors(model, 'vision').values()) == 6_672_212_480
+    count = lambda part: sum(p.numel() for p in part.parameters())
+    assert count(model.decoder) == 2_934_734_080 and count(model.encoder) == 401_369_600 + 2 * 1280
+    for target, expected in ((500, 13_113_600), (125, 39_338_240), (32, 65_562_880)):
+        with torch.device('meta'):
+            assert count(ENCODERS['conv1d_residual'](sizes, 1000, compression_target=target)) == expected
+
+
+def edit(released, change):
+    """Apply change(tensors) to the second file of a folder, index and all."""
+    path = released / 'model-00002-of-000002.safetensors'
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize('regime', ['meanpool', 'vision'])
+def test_a_wrong_tensor_is_named(released, regime):
+    name = 'model.layers.1.mlp.experts.5.up_proj.weight'
+    holder = next(p for p in released.glob('*.safetensors') if name in load_file(p))
+    whole = load_file(holder)
+    for change, message in ((lambda t: t.pop(name), 'missing'), (lambda t: t.update({name: t[name][:, 1:].contiguous()}), '[48, 63]'),
+                            (lambda t: t.update({'model.extra': torch.zeros(3)}), 'model.extra')):
+        tensors = copy.copy(whole)
+        change(tensors)
+        save_file(tensors, holder)
+        with pytest.raises(SystemExit) as e:
+            load(str(released), regime, 1000)
+        assert message in str(e.value) and '\n' not in str(e.value) and ('extra' in message or name in str(e.value))
+
+
+def test_broken_folders_are_refused(released, tmp_path):
+    def refused(message, source=released, regime='vision', context=1000, **kwargs):
+        with pytest.raises(SystemExit) as e:
+            load(str(source), regime, context, **kwargs)
+        assert message in str(e.value) and '\n' not in str(e.value), e.value
+
+    refused('not one of text, meanpool', regime='jpeg')
+    refused('--hybrid_text_tokens 1001', hybrid=1001)
+    refused('[1000, 500, 250, 125, 63, 32, 16, 8, 4, 2, 1]', regime='conv1d_residual', compression_target=111)
+    refused('config.json', source=tmp_path / 'nothing')
+    refused('model hub', source='nobody/nothing-at-all')
+    config = read_json(released / 'config.json')
+    config['language_config']['use_mla'] = True
+    (tmp_path / 'mla').mkdir()
+    (tmp_path / 'mla' / 'config.json').write_text(json.dumps(config), encoding='utf-8')
+    refused('no weights', source=tmp_path / 'mla')
+    shutil.copy(next(released.glob('*1-of*.safetensors')), tmp_path / 'mla')
+    refused('use_mla', source=tmp_path / 'mla')
+    for file, size in (('model-00002-of-000002.safetensors', 1000), ('model-00002-of-000002.safetensors', 0)):
+        with open(released / file, 'rb+') as f:
+            f.truncate(size)
+        refused(file)
+    (released / 'model-00002-of-000002.safetensors').unlink()
+    refused('model-00002-of-000002.safetensors')
+    (released / 'config.json').write_text('{', encoding='utf-8')
+    refused('config.json')
+
+
+def test_another_regime_from_a_run(tmp_path, capsys):
+    """The decoder is kept, the other encoder left out with one line; vision cannot start where no vision tensors are."""
+    model, _, config = load('tiny', 'conv1d_residual', 128)
+    save(model, config, tmp_path / 'conv')
+    other, _, config = load(str(tmp_path / 'conv'), 'meanpool', 128)
+    assert capsys.readouterr().out.count('\n') == 1
+    assert all(torch.equal(a, b) for a, b in zip(model.decoder.parameters(), other.decoder.parameters()))
+    assert not config['run']['pretrained_encoder']
+    with pytest.raises(SystemExit, match='regime vision wants'):
+        load(str(tmp_path / 'conv'), 'vision', 128)
+    with pytest.raises(SystemExit, match='conv1d_residual.pyramid.2'):
+        load(str(tmp_path / 'conv'), 'conv1d_residual', 128, compression_target=16)

@@ -1,0 +1,101 @@
+"""A user's mistake gets one clear line and a non-zero exit, and costs no checkpoint."""
+import json
+import subprocess
+import sys
+
+import pytest
+import data
+import eval as evaluation
+import render
+import train
+from conftest import ROOT
+from load_deepseek import load, save
+
+LONG = 'A line of text that is there to be cut into segments.\n' * 60
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory with two documents."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'texts').mkdir()
+    for name in 'ab':
+        (tmp_path / 'texts' / f'{name}.txt').write_text(LONG, encoding='utf-8')
+    return tmp_path
+
+
+def refused(capsys, main, command, message):
+    with pytest.raises(SystemExit) as e:
+        main(command.split())
+    said = capsys.readouterr().err.strip().split('\n')[-1] if isinstance(e.value.code, int) else str(e.value.code)
+    assert e.value.code != 0 and message in said and '\n' not in said, said
+
+
+@pytest.mark.parametrize('command, message', [
+    ('--regime jpeg', '--regime jpeg: not one of text, meanpool, conv1d_residual, vision'),
+    ('--regime conv1d_residual --compression_target 33', '[128, 64, 32, 16, 8, 4, 2, 1]'),
+    ('--regime meanpool --compression_window_size 129', 'window 129'),
+    ('--regime meanpool --hybrid_text_tokens 129', '--hybrid_text_tokens 129'),
+    ('--regime meanpool --compression_target 32', '--compression_target: no setting of regime meanpool'),
+    ('--regime text --text_context_tokens 129', 'text_context_tokens 129'),
+    ('--regime vision --vision_mode 100', 'vision_mode 100'),
+    ('--objective guess', 'invalid choice'),
+    ('--wndow 3', 'unrecognized arguments'),
+    ('--batch_size 0', '--batch_size 0'),
+    ('--steps x', 'invalid int'),
+    ('--device tpu', '--device tpu'),
+    ('--data nowhere.txt', 'nowhere.txt'),
+    ('--data empty.txt', 'empty.txt'),
+    ('--data short.txt', 'too short'),
+    ('--data binary.txt', 'binary'),
+    ('--data texts --context 5000', 'too short'),
+    ('--resume', '--resume: no saved run in out/meanpool'),
+    ('--model nowhere', 'nowhere'),
+    ('--model nobody/nothing', 'model hub'),
+    ('--model texts', 'config.json'),
+])
+def test_train(here, capsys, command, message):
+    (here / 'empty.txt').write_text('', encoding='utf-8')
+    (here / 'short.txt').write_text('Too short.', encoding='utf-8')
+    (here / 'binary.txt').write_bytes(bytes(range(256)) * 100)
+    refused(capsys, train.main, command if '--data' in command else command + ' --data texts', message)
+
+
+def test_a_run_is_not_overwritten(here, capsys):
+    train.main('--data texts --steps 1 --batch_size 2'.split())
+    before = {p.name: p.read_bytes() for p in (here / 'out' / 'meanpool').iterdir()}
+    refused(capsys, train.main, '--data texts --steps 1', 'holds a run')
+    refused(capsys, train.main, '--resume --compression_window_size 500', 'window 500')
+    assert before == {p.name: p.read_bytes() for p in (here / 'out' / 'meanpool').iterdir()}
+    (here / 'out' / 'meanpool' / 'trainer-00000001.pt').write_bytes(b'damaged')
+    refused(capsys, train.main, '--resume --steps 2', 'trainer-00000001.pt')
+
+
+def test_corpora(here, capsys):
+    refused(capsys, data.main, 'nowhere --out x', 'nowhere')
+    data.main('texts --out made --context 100 --continuation 20'.split())
+    refused(capsys, data.main, 'texts --out made', 'exists already')
+    refused(capsys, train.main, '--data made --context 50', 'made for context 100, not 50')
+    meta = json.loads((here / 'made' / 'meta.json').read_text(encoding='utf-8'))
+    (here / 'made' / 'meta.json').write_text(json.dumps({**meta, 'tokenizer': 'deepseek 0'}), encoding='utf-8')
+    refused(capsys, train.main, '--data made', 'made for tokenizer deepseek 0')
+    (here / 'made' / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
+    with open(here / 'made' / 'train.bin', 'rb+') as f:
+        f.truncate(10)
+    refused(capsys, train.main, '--data made', 'train.bin: missing or damaged')
+
+
+def test_eval_and_render(here, capsys):
+    refused(capsys, evaluation.main, 'nowhere', 'nowhere')
+    model, _, config = load('tiny', 'meanpool', 128)
+    save(model, {k: v for k, v in config.items() if k != 'run'} | {'run': config['run']}, here / 'run')
+    (here / 'run' / 'config.json').write_text(json.dumps({'language_config': {}}), encoding='utf-8')
+    refused(capsys, evaluation.main, 'run', 'not a run')
+    refused(capsys, render.main, 'nowhere.txt', 'nowhere.txt')
+    (here / 'binary').write_bytes(b'\xff\xfe\x00')
+    refused(capsys, render.main, 'binary', 'binary')
+
+
+def test_no_traceback_on_the_command_line():
+    done = subprocess.run([sys.executable, ROOT / 'train.py', '--regime', 'jpeg'], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count('\n') == 1 and 'jpeg' in done.stderr

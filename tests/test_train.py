@@ -1,0 +1,188 @@
+"""One run: the schedule, the optimiser's trajectory, every regime and objective, resuming, and a fork's own encoder."""
+import json
+import math
+import signal
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import golden_model
+import encoders
+import eval as evaluation
+import train
+from data import Batches, prepare
+from load_deepseek import load_run, read_json, tokenizer_of
+
+
+@pytest.fixture(scope='session')
+def corpus(tmp_path_factory):
+    """Python's manual in segments of 32 + 32 bytes."""
+    folder = tmp_path_factory.mktemp('data') / 'pydoc'
+    prepare('pydoc', folder, tokenizer_of('tiny'), 32, 32)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def restore_signals():
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for s, handler in before.items():
+        signal.signal(s, handler)
+
+
+def run(corpus, out, *flags, steps=4):
+    train.main(['--data', corpus, '--output_dir', str(out), '--steps', str(steps), '--batch_size', '4', '--log_steps', '1',
+                '--eval_segments', '8', '--workers', '0', *flags])
+    return [json.loads(line) for line in (out / 'log.jsonl').read_text(encoding='utf-8').splitlines()]
+
+
+def losses(log):
+    return [(line['step'], line['loss'], line['grad_norm']) for line in log if 'loss' in line]
+
+
+def test_schedule(loss_golden):
+    for name, expected in loss_golden[1]['lr_schedules'].items():
+        if name.startswith('total'):
+            steps, ratio, base = (float(part.lstrip('totalraiobse')) for part in name.split('_'))
+            ours = [base * train.learning_rate_scale(i, int(steps), ratio) for i in range(len(expected))]
+            assert ours == pytest.approx(expected, rel=1e-9, abs=1e-18), name
+
+
+@pytest.mark.parametrize('name', ['meanpool_single_group', 'conv_two_groups'])
+def test_trajectory(weights, loss_golden, name):
+    """Six steps of two micro-batches, as the authors take them: there the balance loss is not divided by the accumulation."""
+    g, description = loss_golden
+    case = description['trajectories'][name]
+    regime, settings = ('meanpool', {'compression_window_size': 9}) if 'meanpool' in name else ('conv1d_residual', {'compression_target': 125})
+    model = golden_model(weights, regime, 1000, 'lm', **settings).train()
+    rates = (1e-3, 1e-3) if 'meanpool' in name else (1e-4, 1e-3)
+    optimizer = torch.optim.AdamW([{'params': list(part.parameters()), 'peak': rate} for part, rate in zip((model.encoder, model.decoder), rates)],
+                                  weight_decay=0.01)
+    for step, expected in enumerate(case['steps']):
+        for group in optimizer.param_groups:
+            group['lr'] = group['peak'] * train.learning_rate_scale(step, 6, 0.34)
+        for a in range(2):
+            batch = {key: g[f'traj.{short}{2 * step + a}'].long() for key, short in (('context', 'ctx'), ('continuation', 'cont'))}
+            token_losses, _, balance = model(batch)
+            (token_losses.mean() / 2 + balance).backward()
+            assert token_losses.mean().item() == pytest.approx(expected['micro_losses'][a], abs=1e-3)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        assert norm.item() == pytest.approx(expected['grad_norm_before_clip'], rel=1e-3)
+        optimizer.step()
+        optimizer.zero_grad()
+    separator = 'meanpool_separator' if 'meanpool' in name else 'conv1d_residual_separator'
+    assert (model.encoder.separator - g[f'traj.{name}.{separator}.after']).abs().max() < 1e-4
+    assert (model.decoder.norm.weight - g[f'traj.{name}.model.norm.weight.after']).abs().max() < 1e-4
+    model.eval()
+    final = model({'context': g['context'], 'continuation': g['continuation']})[0].mean().item()
+    assert final == pytest.approx(case['final_eval_loss_on_context_continuation'], abs=1e-3)
+
+
+@pytest.mark.parametrize('objective', ['reconstruction', 'lm'])
+@pytest.mark.parametrize('regime', encoders.ENCODERS)
+def test_every_regime_trains_and_evaluates(corpus, tmp_path, capsys, regime, objective):
+    small = {'vision': ('--vision_mode', '128', '--vision_prompt', 'Read:')}.get(regime, ())
+    hybrid = () if regime == 'text' else ('--hybrid_text_tokens', '3')
+    log = run(corpus, tmp_path / 'run', '--regime', regime, '--objective', objective, *small, *hybrid, steps=8)
+    assert losses(log)[0][1] == pytest.approx(math.log(259), abs=1) and log[-1]['val_loss'] < losses(log)[0][1]
+    assert f'val_ppl {log[-1]["val_ppl"]:.4g}' in capsys.readouterr().out
+    evaluation.main([str(tmp_path / 'run'), '--segments', '10'])
+    out = capsys.readouterr().out
+    assert f'| {objective} |' in out and '--- original' in out
+
+
+def test_evaluation_is_the_mean_over_tokens_at_any_batch_size(corpus, tmp_path):
+    run(corpus, tmp_path / 'run', steps=1)
+    model, tokenizer, _ = load_run(tmp_path / 'run')
+    device = torch.device('cpu')
+    by = {n: evaluation.evaluate(model, Batches(corpus, 'val', n, tokenizer, limit=10), device) for n in (1, 4, 10)}
+    with torch.no_grad():
+        token_losses, hits, _ = model.eval()(Batches(corpus, 'val', 10, tokenizer, limit=10)[0])
+    for result in by.values():
+        assert result['loss'] == pytest.approx(token_losses.mean().item(), abs=1e-5)
+        assert result['ppl'] == pytest.approx(math.exp(result['loss'])) and result['accuracy'] == pytest.approx(hits.float().mean().item())
+
+
+def test_resume_is_exact(corpus, tmp_path):
+    """Stopped in between and resumed, a run's losses are bit for bit those of a run that was not."""
+    flags = ('--regime', 'conv1d_residual', '--gradient_accumulation_steps', '2', '--save_steps', '3')
+    whole = run(corpus, tmp_path / 'whole', *flags, steps=9)
+
+    evaluate, calls = train.evaluate, []
+    train.evaluate = lambda *a: calls.append(1) or signal.raise_signal(signal.SIGTERM) or evaluate(*a)
+    try:
+        parts = run(corpus, tmp_path / 'parts', *flags, '--eval_steps', '5', steps=9)              # stops behind step 5
+    finally:
+        train.evaluate = evaluate
+    assert losses(parts)[-1][0] < 9 and 'val_loss' not in parts[-1] or len(calls) == 1
+    with open(tmp_path / 'parts' / 'log.jsonl', 'a', encoding='utf-8') as f:
+        f.write('{"step": 8, "loss": 0.0, "grad_norm": 0.0}\n')                                    # a line beyond the last save
+    train.main(['--resume', '--output_dir', str(tmp_path / 'parts')])
+    log = [json.loads(line) for line in (tmp_path / 'parts' / 'log.jsonl').read_text(encoding='utf-8').splitlines()]
+    assert losses(log) == losses(whole)
+    assert log[-1]['val_loss'] == whole[-1]['val_loss']
+    for (name, a), (_, b) in zip(load_run(tmp_path / 'whole')[0].named_parameters(), load_run(tmp_path / 'parts')[0].named_parameters()):
+        assert torch.equal(a, b), name
+
+
+def test_stage_two_keeps_weights_and_settings(corpus, tmp_path):
+    run(corpus, tmp_path / 'one', '--regime', 'meanpool', '--compression_window_size', '8', steps=2)
+    run(corpus, tmp_path / 'two', '--model', str(tmp_path / 'one'), '--objective', 'lm', '--learning_rate', '0', '--steps', '1')
+    one, two = load_run(tmp_path / 'one')[0], load_run(tmp_path / 'two')[0]
+    assert two.objective == 'lm' and two.encoder.compression_window_size == 8
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+
+
+def test_learning_rates_and_freezing(corpus, tmp_path):
+    def rates(out, *flags):
+        run(corpus, tmp_path / out, *flags, steps=1)
+        return read_json(tmp_path / out / 'config.json')['run']['args']['encoder_lr']
+
+    assert rates('a', '--regime', 'conv1d_residual') == 3e-3                                       # random weights: the main rate
+    assert rates('b', '--regime', 'vision', '--vision_mode', '128', '--learning_rate', '1e-4') == 1e-4
+    config = read_json(tmp_path / 'b' / 'config.json')
+    del config['run']['regime'], config['run']['pretrained_encoder']                               # as if released: no run of ours
+    bytes_only = {'tokenizer': 'bytes', 'pretrained_encoder': True}
+    (tmp_path / 'b' / 'config.json').write_text(json.dumps({**config, 'run': bytes_only}), encoding='utf-8')
+    assert rates('c', '--regime', 'vision', '--vision_mode', '128', '--model', str(tmp_path / 'b')) == 1e-5
+    run(corpus, tmp_path / 'd', '--regime', 'conv1d_residual', '--no-train_encoder', '--learning_rate', '0.1', steps=1)
+    run(corpus, tmp_path / 'e', '--regime', 'conv1d_residual', '--learning_rate', '0', steps=1)
+    frozen, initial = load_run(tmp_path / 'd')[0], load_run(tmp_path / 'e')[0]
+    assert all(torch.equal(a, b) for a, b in zip(frozen.encoder.parameters(), initial.encoder.parameters()))
+    assert not torch.equal(frozen.decoder.norm.weight, initial.decoder.norm.weight)
+
+
+class Stride(nn.Module):
+    """A compressor as a fork would add it: every n-th embedding, times a learned scale."""
+    image_size = None
+
+    def __init__(self, config, context_length, *, keep_every: int = 2):
+        super().__init__()
+        self.keep_every = keep_every
+        self.scale = nn.Parameter(torch.ones(config.hidden_size))
+
+    def forward(self, batch, embed):
+        return embed(batch['context'][:, ::self.keep_every]) * self.scale
+
+
+def test_a_new_encoder_is_a_class_and_a_line(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(encoders.ENCODERS, 'stride', Stride)
+    run(corpus, tmp_path / 'run', '--regime', 'stride', '--keep_every', '8', steps=2)
+    evaluation.main([str(tmp_path / 'run'), '--segments', '4'])
+    assert 'keep_every 8 | 5 | 6.40 |' in capsys.readouterr().out                                  # BOS and 4 of 32 tokens
+    model, _, config = load_run(tmp_path / 'run')
+    assert config['run']['settings'] == {'keep_every': 8} and not torch.equal(model.encoder.scale, torch.ones(128))
+    assert 'stride.scale' in read_json(tmp_path / 'run' / 'model.safetensors.index.json')['weight_map']
+
+
+def test_batch_n_is_a_function_of_seed_and_n(corpus):
+    tokenizer = tokenizer_of('tiny')
+    make = lambda seed=1, split='train': Batches(corpus, split, 16, tokenizer, seed=seed)
+    a, b = make(), make()
+    assert torch.equal(a[1000]['context'], b[1000]['context'])                                     # epochs later, asked for first
+    assert not torch.equal(a[0]['context'], make(seed=2)[0]['context'])
+    epoch = [a.segment(i) for i in range(a.n)]
+    assert sorted(epoch) == list(range(a.n)) and epoch != [a.segment(a.n + i) for i in range(a.n)]
+    val = make(split='val')
+    rows = torch.cat([val[i]['context'] for i in range(len(val))])
+    assert len(rows) == val.n
