@@ -4,11 +4,10 @@ The decoder: memory and text to next-token probabilities. DeepSeek-OCR's languag
     [BOS] memory [prompt] [hybrid] | target            one sequence, causal attention, loss on the target only
           (B, M, D)         last K context tokens
 
-    x = x + attention(norm(x))                         12 layers; the first has a dense MLP, the others a mixture of experts:
-    x = x + mlp(norm(x))                               shared(x) + sum over the top 6 of 64 experts of p_e(x) * expert_e(x)
+    x = x + attention(norm(x))          12 layers; the first has a dense MLP, the others a mixture of experts:
+    x = x + mlp(norm(x))                shared(x) + sum over the 6 likeliest of 64 experts of p_e(x) * expert_e(x)
 
-Shapes: B batch, T positions, D width, H heads, d head width, V vocabulary, E experts, k experts a token, F expert width,
-N = B * T tokens, M memory vectors, P positions before the target.
+Shapes: B batch, T positions, D width, H heads, d head width, V vocabulary, E experts, k experts a token, M memory vectors.
 Follows modeling_deepseekv2.py of deepseek-ai/DeepSeek-OCR as its config.json sets it (plain multi-head attention, no MLA).
 """
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ OBJECTIVES = {'reconstruction': 'context', 'lm': 'continuation'}     # an object
 
 @dataclass
 class DecoderConfig:
-    """Sizes under the names of the released config.json; the defaults are DeepSeek-OCR's. A plain Llama has n_routed_experts = 0."""
+    """Sizes under the names of the released config.json; the defaults are DeepSeek-OCR's."""
     vocab_size: int = 129280
     hidden_size: int = 1280
     intermediate_size: int = 6848           # of the dense MLP
@@ -32,17 +31,15 @@ class DecoderConfig:
     num_attention_heads: int = 10
     num_key_value_heads: int = 10
     n_routed_experts: int = 64
-    n_shared_experts: int = 2               # as wide as this many experts, but one MLP
+    n_shared_experts: int = 2               # one MLP, as wide as this many experts
     num_experts_per_tok: int = 6
     first_k_dense_replace: int = 1          # this many layers at the bottom are dense
-    aux_loss_alpha: float = 0.001
+    aux_loss_alpha: float = 0.001           # weight of the balance loss
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    max_position_embeddings: int = 8192
-    tie_word_embeddings: bool = False
     bos_token_id: int = 0
     eos_token_id: int = 1
-    vision: object = None                   # encoders.VisionConfig, for a model that has a vision encoder
+    vision: object = None                   # encoders.VisionConfig
 
 
 class KVCache:
@@ -52,23 +49,21 @@ class KVCache:
         self.max_length, self.length, self.buffers = max_length, 0, {}
 
     def append(self, layer, k, v):
-        """Store k and v (B, H, T, d) of the next T positions; return those of all positions so far."""
+        """Store k and v (B, H, T, d) of the next T positions -> those of all positions so far."""
         if layer not in self.buffers:
             self.buffers[layer] = [x.new_empty(*x.shape[:2], self.max_length, x.shape[3]) for x in (k, v)]
         end = self.length + k.shape[2]
-        assert end <= self.max_length, f'{end} positions do not fit a cache of {self.max_length}'
         for buffer, new in zip(self.buffers[layer], (k, v)):
             buffer[:, :, self.length:end] = new
         return [buffer[:, :, :end] for buffer in self.buffers[layer]]
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) in fp32, cast back, times a learned weight."""
+    """weight * x / sqrt(mean(x^2) + eps), the norm in fp32."""
 
     def __init__(self, dim, eps):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x)
@@ -90,24 +85,21 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        D, self.n_head, self.n_kv_head = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        self.layer, self.head_dim = layer, D // self.n_head
+        self.layer, D, self.head_dim = layer, config.hidden_size, config.hidden_size // config.num_attention_heads
         self.q_proj = nn.Linear(D, D, bias=False)
-        self.k_proj = nn.Linear(D, self.n_kv_head * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(D, self.n_kv_head * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(D, D, bias=False)
 
     def forward(self, x, cos, sin, cache):
-        B, T, D = x.shape
-        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)              # (B, H, T, d)
-        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)                 # (B, H, T, d)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        # One new token may look at everything before it, so only longer inputs (from an empty cache) need the causal mask.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=self.n_kv_head != self.n_head)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, D))
+        # A single new token may look at everything before it; more than one come only when the cache is empty.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=x.shape[1] > 1, enable_gqa=k.shape[1] != q.shape[1])
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -124,7 +116,7 @@ class MLP(nn.Module):
 
 
 def grouped_linear(x, weight, ends):
-    """Multiply each row by its expert's matrix: x (rows, in) sorted by expert, weight (E, out, in), ends (E,) int32 -> (rows, out).
+    """Each row times its expert's matrix: x (rows, in) sorted by expert, weight (E, out, in), ends (E,) int32 -> (rows, out).
 
     `ends[e]` is where the rows of expert e end. One kernel does all experts without telling the host how many rows each has;
     it takes bf16 (on the CPU fp32 too) and rows of a multiple of 16 bytes. Anything else goes through the same sum as a loop.
@@ -132,48 +124,23 @@ def grouped_linear(x, weight, ends):
     dtypes = {'cuda': [torch.bfloat16], 'cpu': [torch.bfloat16, torch.float32]}.get(x.device.type, [])
     if x.dtype in dtypes and all(width * x.element_size() % 16 == 0 for width in weight.shape[1:]):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
-    starts_ends = [0] + ends.tolist()
-    return torch.cat([x[a:b] @ w.T for a, b, w in zip(starts_ends, starts_ends[1:], weight)])
-
-
-class Permute(torch.autograd.Function):
-    """The rows of x in another order, and back for the gradient: autograd does not know that no row repeats and would scatter-add instead."""
-
-    @staticmethod
-    def forward(ctx, x, order, inverse):
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None
-
-
-class Experts(nn.Module):
-    """E gated MLPs with their weights stacked."""
-
-    def __init__(self, n, dim, hidden):
-        super().__init__()
-        self.gate_proj = nn.Parameter(torch.empty(n, hidden, dim))
-        self.up_proj = nn.Parameter(torch.empty(n, hidden, dim))
-        self.down_proj = nn.Parameter(torch.empty(n, dim, hidden))
-
-    def forward(self, x, ends):
-        device = x.device.type          # autocast does not reach the grouped kernel, so cast here
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        x, gate, up, down = (t.to(dtype) for t in (x, self.gate_proj, self.up_proj, self.down_proj))
-        return grouped_linear(F.silu(grouped_linear(x, gate, ends)) * grouped_linear(x, up, ends), down, ends)
+    bounds = [0] + ends.tolist()
+    return torch.cat([x[a:b] @ w.T for a, b, w in zip(bounds, bounds[1:], weight)])
 
 
 class MoE(nn.Module):
-    """shared(x) + sum over the top k of p_e * expert_e(x), with p = softmax(router(x)) in fp32 and not renormalised over the k."""
+    """shared(x) + sum over the top k of p_e * expert_e(x), with p = softmax(router(x)) in fp32 and not renormalised over the k.
+
+    The balance loss of a sequence is alpha * sum_e (share of choices that went to e, times E) * (mean of p_e).
+    """
 
     def __init__(self, config):
         super().__init__()
-        D, hidden = config.hidden_size, config.moe_intermediate_size
-        self.n_expert, self.top_k, self.alpha = config.n_routed_experts, config.num_experts_per_tok, config.aux_loss_alpha
-        self.gate = nn.Linear(D, self.n_expert, bias=False)
-        self.experts = Experts(self.n_expert, D, hidden)
+        E, D, hidden = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.top_k, self.alpha = config.num_experts_per_tok, config.aux_loss_alpha
+        self.gate = nn.Linear(D, E, bias=False)
+        self.experts = nn.ParameterDict({'gate_proj': torch.empty(E, hidden, D), 'up_proj': torch.empty(E, hidden, D),
+                                         'down_proj': torch.empty(E, D, hidden)})
         self.shared_experts = MLP(D, hidden * config.n_shared_experts)
 
     def route(self, x):
@@ -183,22 +150,22 @@ class MoE(nn.Module):
         return probs, *probs.topk(self.top_k, dim=-1)
 
     def forward(self, x):
-        B, T, D = x.shape
-        E, k = self.n_expert, self.top_k
+        (B, T, D), k = x.shape, self.top_k
         probs, top_p, top_e = self.route(x)
-
-        # How many of a sequence's tokens chose each expert: for the balance loss, and summed for where each expert's rows end.
-        ones = torch.ones(B, T * k, device=x.device)
-        count = torch.zeros(B, E, device=x.device).scatter_add(1, top_e.view(B, T * k), ones)             # (B, E)
-        # alpha * mean over sequences of sum_e (share of choices * E) * (mean probability); only the latter has a gradient
+        E = probs.shape[-1]
+        # How many choices of a sequence fell on each expert; without a gradient, which flows through the probabilities only.
+        count = torch.zeros(B, E, device=x.device).scatter_add(1, top_e.flatten(1), torch.ones(B, T * k, device=x.device))
         balance_loss = self.alpha * (count * (E / (T * k)) * probs.mean(dim=1)).sum(dim=1).mean()
 
-        order = top_e.flatten().argsort(stable=True)             # (N*k,) choices sorted by expert: order[j] // k is the token
-        inverse = order.argsort()
-        rows = Permute.apply(x.reshape(-1, 1, D).expand(-1, k, -1).reshape(-1, D), order, inverse)       # (N*k, D)
-        y = self.experts(rows, count.sum(dim=0).cumsum(dim=0).to(torch.int32))
-        y = Permute.apply(y, inverse, order).view(B, T, k, D)
-        y = (y * top_p[..., None]).sum(dim=2)                    # fp32, because the probabilities are
+        # Autocast does not reach the grouped kernel, so cast here.
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        gate, up, down = (self.experts[name].to(dtype) for name in ('gate_proj', 'up_proj', 'down_proj'))
+        order = top_e.flatten().argsort(stable=True)                          # the B*T*k choices, sorted by expert
+        ends = count.sum(dim=0).cumsum(dim=0).to(torch.int32)
+        rows = x.to(dtype).flatten(0, 1).index_select(0, order // k)          # (B*T*k, D): each chosen expert's copy of its token
+        rows = F.silu(grouped_linear(rows, gate, ends)) * grouped_linear(rows, up, ends)
+        rows = grouped_linear(rows, down, ends).index_select(0, order.argsort()).view(B, T, k, D)
+        y = (rows * top_p[..., None]).sum(dim=2)                              # in fp32, because the probabilities are
         return self.shared_experts(x) + y.type_as(x), balance_loss
 
 
@@ -208,18 +175,18 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.is_moe = config.n_routed_experts > 0 and layer >= config.first_k_dense_replace
-        self.mlp = MoE(config) if self.is_moe else MLP(config.hidden_size, config.intermediate_size)
+        dense = layer < config.first_k_dense_replace or config.n_routed_experts == 0
+        self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
 
     def forward(self, x, cos, sin, cache):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
-        y, balance_loss = self.mlp(self.post_attention_layernorm(x)) if self.is_moe else \
-            (self.mlp(self.post_attention_layernorm(x)), 0.0)
+        y = self.mlp(self.post_attention_layernorm(x))
+        y, balance_loss = y if isinstance(self.mlp, MoE) else (y, 0.0)
         return x + y, balance_loss
 
 
 class Decoder(nn.Module):
-    """Embeddings (B, T, D) to hidden states (B, T, D), plus the two ends of it: embed_tokens before and lm_head after."""
+    """Embeddings (B, T, D) to hidden states (B, T, D), and the two ends of that: embed_tokens before and lm_head after."""
 
     def __init__(self, config):
         super().__init__()
@@ -227,31 +194,30 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for p in self.parameters():
             if p.dim() > 1:
-                nn.init.normal_(p, std=0.02)
+                nn.init.normal_(p, std=0.02 * (1280 / config.hidden_size) ** 0.5)             # 0.02 at DeepSeek-OCR's width
 
     def forward(self, x, cache=None):
         """x (B, T, D) -> hidden states after the last norm (B, T, D), and the sum of the layers' balance losses.
 
         With a cache, x holds the positions that follow those in it: any number when it is empty, one at a time after that.
         """
-        start = 0 if cache is None else cache.length
+        start, balance_loss = cache.length if cache else 0, 0.0
         assert start == 0 or x.shape[1] == 1, f'{x.shape[1]} positions at once, after {start} in the cache'
         positions = torch.arange(start, start + x.shape[1], device=x.device)
-        cos, sin = rope(positions, self.config.hidden_size // self.config.num_attention_heads, self.config.rope_theta, x.dtype)
-        balance_loss = 0.0
+        cos, sin = rope(positions, self.layers[0].self_attn.head_dim, self.config.rope_theta, x.dtype)
         for layer in self.layers:
             x, layer_loss = layer(x, cos, sin, cache)
             balance_loss = balance_loss + layer_loss
-        if cache is not None:
+        if cache:
             cache.length += x.shape[1]
         return self.norm(x), balance_loss
 
     def logits(self, hidden):
         """(..., D) -> fp32 (..., V)"""
-        return F.linear(hidden, self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight).float()
+        return self.lm_head(hidden).float()
 
     def token_losses(self, hidden, target, chunk=1024):
         """hidden (B, T, D), target ids (B, T) -> cross-entropy in nats and whether the likeliest token is the target, both (B, T).
@@ -291,26 +257,22 @@ class Autoencoder(nn.Module):
     def forward(self, batch):
         """batch['context'] (B, T) and what else the encoder reads -> losses and hits of the target (B, T), and the balance loss."""
         target = batch[OBJECTIVES[self.objective]]
-        x = torch.cat([self.prefix(batch), self.decoder.embed_tokens(target)], dim=1)
-        hidden, balance_loss = self.decoder(x)
-        T = target.shape[1]
-        return *self.decoder.token_losses(hidden[:, -T - 1:-1], target), balance_loss      # position i predicts token i + 1
+        hidden, balance_loss = self.decoder(torch.cat([self.prefix(batch), self.decoder.embed_tokens(target)], dim=1))
+        predicting = hidden[:, -target.shape[1] - 1:-1]                       # position i predicts token i + 1
+        return *self.decoder.token_losses(predicting, target), balance_loss
 
     @torch.no_grad()
-    def generate(self, batch, max_new_tokens, temperature=0.0, use_cache=True):
-        """Continue each row's prefix: token ids (B, <= max_new_tokens), the likeliest at temperature 0, else sampled.
+    def generate(self, batch, max_new_tokens, temperature=0.0):
+        """Continue each row's prefix: token ids (B, <= max_new_tokens), the likeliest ones at temperature 0, else sampled.
 
-        A row that has produced EOS repeats it; generation ends when every row has. use_cache=False recomputes all positions
-        at every step, to check the cache against.
+        A row that has come to EOS repeats it, and generation ends when all rows have.
         """
-        x, eos = self.prefix(batch), self.decoder.config.eos_token_id
-        cache = KVCache(x.shape[1] + max_new_tokens) if use_cache else None
-        tokens, done = [], torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        x, eos, tokens = self.prefix(batch), self.decoder.config.eos_token_id, []
+        cache, done = KVCache(x.shape[1] + max_new_tokens), torch.zeros(len(x), dtype=torch.bool, device=x.device)
         while len(tokens) < max_new_tokens and not done.all():
-            logits = self.decoder.logits(self.decoder(x, cache)[0][:, -1])                  # (B, V)
+            logits = self.decoder.logits(self.decoder(x, cache)[0][:, -1])    # (B, V)
             token = logits.argmax(-1) if temperature == 0 else torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
             tokens.append(token.masked_fill(done, eos))
             done = done | (tokens[-1] == eos)
-            step = self.decoder.embed_tokens(tokens[-1][:, None])
-            x = step if use_cache else torch.cat([x, step], dim=1)
-        return torch.stack(tokens, dim=1) if tokens else torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
+            x = self.decoder.embed_tokens(tokens[-1][:, None])
+        return torch.stack(tokens, dim=1)

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 
 class Text(nn.Module):
     """memory = embed(last N context tokens). N = 0 is no context at all, None the whole of it: the two ends of truncation."""
-    image_size = None
 
     def __init__(self, config, context_length, *, text_context_tokens: int = None):
         super().__init__()
@@ -39,18 +38,17 @@ class Text(nn.Module):
 
 
 def separator(dim):
-    """One learned vector after the memory: it marks where compressed vectors end and plain tokens begin."""
+    """A learned vector after the memory, (D,): it tells the decoder where compressed vectors end and plain tokens begin."""
     return nn.Parameter(torch.randn(dim) * dim ** -0.5)
 
 
-def with_separator(memory, vector):
+def append(memory, vector):
     """(B, M, D), (D,) -> (B, M + 1, D)"""
-    return torch.cat([memory, vector.to(memory.dtype).expand(len(memory), 1, -1)], dim=1)
+    return torch.cat([memory, vector.expand(len(memory), 1, -1)], dim=1)
 
 
 class MeanPool(nn.Module):
     """memory_i = mean(embed(context[i s : i s + w])), then the separator. What is left after the last full window is one more."""
-    image_size = None
 
     def __init__(self, config, context_length, *, compression_window_size: int = 4, compression_stride: int = None):
         super().__init__()
@@ -63,10 +61,8 @@ class MeanPool(nn.Module):
     def forward(self, batch, embed):
         x, w, s = embed(batch['context']), self.compression_window_size, self.compression_stride
         memory = x.unfold(1, w, s).mean(dim=-1)                                   # (B, windows, D)
-        rest = x[:, (memory.shape[1] - 1) * s + w:]                               # fewer than s tokens; with s > w also a gap's
-        if rest.shape[1]:
-            memory = torch.cat([memory, rest.mean(dim=1, keepdim=True)], dim=1)
-        return with_separator(memory, self.separator)
+        rest = x[:, (memory.shape[1] - 1) * s + w:].mean(dim=1, keepdim=True)     # what no window took at the end: one more
+        return append(torch.cat([memory, rest], dim=1) if (x.shape[1] - w) % s else memory, self.separator)
 
 
 class ResidualBlock(nn.Module):
@@ -89,7 +85,6 @@ class ResidualBlock(nn.Module):
 
 class Conv1dResidual(nn.Module):
     """memory = n residual blocks over the embeddings, then the separator; the n that takes T tokens to `compression_target`."""
-    image_size = None
 
     def __init__(self, config, context_length, *, compression_target: int = None, conv_kernel: int = 5):
         super().__init__()
@@ -110,7 +105,7 @@ class Conv1dResidual(nn.Module):
         x = embed(batch['context']).transpose(1, 2)                               # (B, D, T)
         for block in self.pyramid:
             x = block(x)
-        return with_separator(x.transpose(1, 2), self.separator)
+        return append(x.transpose(1, 2), self.separator)
 
 
 # ---------------------------------------------------------------------------------------------------------------- vision
@@ -191,7 +186,8 @@ class SAMBlock(nn.Module):
         self.mlp = nn.ModuleDict({'lin1': nn.Linear(dim, 4 * dim), 'lin2': nn.Linear(4 * dim, dim)})
 
     def forward(self, x):
-        x = x + (self.windowed(self.norm1(x)) if self.window else self.attn(self.norm1(x)))
+        attend = self.windowed if self.window else self.attn
+        x = x + attend(self.norm1(x))
         return x + self.mlp.lin2(F.gelu(self.mlp.lin1(self.norm2(x))))
 
     def windowed(self, x):
@@ -313,7 +309,7 @@ class Vision(nn.Module):
         x = self.projector.layers(torch.cat([clip, features.flatten(2).transpose(1, 2)], dim=-1))
         rows = x.unflatten(1, (h, h))                                             # (B, h, h, D)
         newline = self.image_newline.to(x.dtype).expand(len(x), h, 1, -1)
-        return with_separator(torch.cat([rows, newline], dim=2).flatten(1, 2), self.view_seperator)
+        return append(torch.cat([rows, newline], dim=2).flatten(1, 2), self.view_seperator)
 
 
 ENCODERS = {

@@ -20,8 +20,12 @@ from load_deepseek import load_run
 
 
 def pick_device(name):
-    """'auto' is CUDA where there is one, else the CPU; mps is used when asked for."""
-    return torch.device(('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name)
+    """'auto' is CUDA where there is one, else the CPU; mps is used when asked for. Raises SystemExit."""
+    try:
+        device = torch.device(('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name)
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise SystemExit(f'--device {name}: not on this machine ({str(e).splitlines()[0]})')
 
 
 def autocast(device):
@@ -76,7 +80,7 @@ def main(argv=None):
     for folder in args.runs:
         model, tokenizer, config = load_run(folder, device)
         run = config['run']
-        batches = Batches(args.data or run['data'], 'val', args.batch_size, tokenizer, model.encoder.image_size, limit=args.segments)
+        batches = Batches(args.data or run['data'], 'val', args.batch_size, tokenizer, getattr(model.encoder, "image_size", None), limit=args.segments)
         result = evaluate(model, batches, device, args.workers, progress=True)
         with torch.no_grad():
             positions = model.prefix(to_device({k: x[:1] for k, x in batches[0].items()}, device)).shape[1]

@@ -12,8 +12,7 @@ from load_deepseek import PRESETS, load
 def tiny_batch(model, B=2, T=128):
     ids = torch.randint(3, 259, (B, T), generator=torch.Generator().manual_seed(0))
     batch = {'context': ids, 'continuation': ids.flip(1)}
-    if model.encoder.image_size:
-        S = model.encoder.image_size
+    if S := getattr(model.encoder, 'image_size', None):
         batch['image'] = torch.randint(0, 256, (B, 3, S, S), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return batch
 
@@ -59,8 +58,8 @@ def positions(regime, context, **settings):
     config = golden_config()
     model = Autoencoder(ENCODERS[regime](config, context, **settings), Decoder(config))
     batch = {'context': torch.zeros(1, context, dtype=torch.long)}
-    if model.encoder.image_size:
-        batch['image'] = torch.zeros(1, 3, model.encoder.image_size, model.encoder.image_size)
+    if S := getattr(model.encoder, 'image_size', None):
+        batch['image'] = torch.zeros(1, 3, S, S)
     with torch.no_grad():
         return model.prefix(batch).shape[1]
 

@@ -18,7 +18,7 @@ from load_deepseek import load_run, read_json, tokenizer_of
 def corpus(tmp_path_factory):
     """Python's manual in segments of 32 + 32 bytes."""
     folder = tmp_path_factory.mktemp('data') / 'pydoc'
-    prepare('pydoc', folder, tokenizer_of('tiny'), 32, 32)
+    prepare('pydoc', folder, tokenizer_of('tiny'), 32, 32, train_segments=200, val_segments=24)
     return str(folder)
 
 
@@ -145,7 +145,7 @@ def test_learning_rates_and_freezing(corpus, tmp_path):
     bytes_only = {'tokenizer': 'bytes', 'pretrained_encoder': True}
     (tmp_path / 'b' / 'config.json').write_text(json.dumps({**config, 'run': bytes_only}), encoding='utf-8')
     assert rates('c', '--regime', 'vision', '--vision_mode', '128', '--model', str(tmp_path / 'b')) == 1e-5
-    run(corpus, tmp_path / 'd', '--regime', 'conv1d_residual', '--no-train_encoder', '--learning_rate', '0.1', steps=1)
+    run(corpus, tmp_path / 'd', '--regime', 'conv1d_residual', '--no-train-encoder', '--learning_rate', '0.1', steps=1)
     run(corpus, tmp_path / 'e', '--regime', 'conv1d_residual', '--learning_rate', '0', steps=1)
     frozen, initial = load_run(tmp_path / 'd')[0], load_run(tmp_path / 'e')[0]
     assert all(torch.equal(a, b) for a, b in zip(frozen.encoder.parameters(), initial.encoder.parameters()))
@@ -154,7 +154,6 @@ def test_learning_rates_and_freezing(corpus, tmp_path):
 
 class Stride(nn.Module):
     """A compressor as a fork would add it: every n-th embedding, times a learned scale."""
-    image_size = None
 
     def __init__(self, config, context_length, *, keep_every: int = 2):
         super().__init__()
