@@ -5,7 +5,7 @@ Text to page image: the paper's page, in the largest type at which the whole tex
 
 White page, black DejaVu Sans, a margin of 5% of the height, lines 1.2 times the type size apart, sizes 4 to 30, words wrapped
 greedily; a word wider than the page runs off it. White space only separates words: paragraphs do not survive.
-The layout engine is asked for by name (BASIC): Pillow's other one gives different pages where its libraries are installed.
+The layout engine is asked for by name (BASIC): Pillow's other one draws other pages, where its libraries are installed.
 Follows data/scripts/prepare_training_data.py of the paper's code, pixel for pixel.
 """
 import argparse
@@ -20,16 +20,16 @@ MIN_SIZE, MAX_SIZE = 4, 30
 
 @lru_cache(maxsize=64)
 def load_font(name, size):
-    """The font at `size` pixels: a file or a name the system knows, else DejaVu Sans as matplotlib carries it."""
+    """The font of that name or file at `size` pixels; DejaVu Sans also as matplotlib carries it. Raises SystemExit."""
     try:
         return ImageFont.truetype(name, size, layout_engine=ImageFont.Layout.BASIC)
     except OSError:
         if name != 'DejaVuSans.ttf':
-            raise SystemExit(f'{name}: no such font, or not a font file')
+            raise SystemExit(f'{name}: no such font, or no font file')
     try:
         import matplotlib
     except ImportError:
-        raise SystemExit('DejaVuSans.ttf not found: install it (Debian: fonts-dejavu-core), or `pip install matplotlib`')
+        raise SystemExit('DejaVuSans.ttf not found: install it (Debian: fonts-dejavu-core), or pip install matplotlib')
     return load_font(str(Path(matplotlib.get_data_path(), 'fonts', 'ttf', 'DejaVuSans.ttf')), size)
 
 
@@ -42,9 +42,9 @@ def measure(font, size, word):
 
 @lru_cache(maxsize=100_000)
 def rasterize(font, size, word):
-    """The coverage of a word's pixels, 0 to 255 (h, w), and its offset (x, y) from the top left of the line."""
-    mask, (x, y) = load_font(font, size).getmask2(word, mode='L')
-    return np.frombuffer(bytes(mask), np.uint8).reshape(mask.size[1], mask.size[0]), x, y
+    """The coverage of a word's pixels, 0 to 255 (h, w), and that array's offset (x, y) from where the word is set."""
+    mask, offset = load_font(font, size).getmask2(word, mode='L')
+    return np.frombuffer(bytes(mask), np.uint8).reshape(mask.size[::-1]), *offset
 
 
 def wrap(words, font, size, width):
@@ -58,8 +58,8 @@ def wrap(words, font, size, width):
         advance, left, right = measure(font, size, word)
         extent = max(end, x + right) - min(begin, x + left)
         if lines and abs(extent - width) < 1 and extent % 1:
-            line = ' '.join([w for _, w in lines[-1]] + [word])
-            extent = (lambda box: box[2] - box[0])(load_font(font, size).getbbox(line))
+            box = load_font(font, size).getbbox(' '.join([w for _, w in lines[-1]] + [word]))
+            extent = box[2] - box[0]
         if lines and extent <= width:
             lines[-1].append((x, word))
             begin, end = min(begin, x + left), max(end, x + right)
@@ -70,40 +70,37 @@ def wrap(words, font, size, width):
     return lines
 
 
-def draw(coverage, glyphs, dx, dy, x, y):
-    """Lay a word's coverage at (x + dx, y + dy) over the page's; what falls off the page is cut."""
-    top, start = max(y + dy, 0), max(x + dx, 0)
-    part = glyphs[top - y - dy:, start - x - dx:]
-    target = coverage[top:top + part.shape[0], start:start + part.shape[1]]
-    np.maximum(target, part[:target.shape[0], :target.shape[1]], out=target)
-
-
 def render_page(text, size, font='DejaVuSans.ttf', font_size=None, line_spacing=1.2, margin=0.05, ink='black', paper='white'):
     """Draw text on a page of size x size pixels -> RGB image, type size, lines drawn, and the text that did not fit ('' if all).
 
-    font_size fixes the type size instead of searching for the largest that fits. Raises SystemExit when the font is missing.
+    font_size fixes the type size; without it, it is the largest that fits, or 4. Raises SystemExit when the font is missing.
     """
     words, edge = text.split(), int(margin * size)
     room = size - 2 * edge
-    layouts = {}
-
-    def fits(s):
-        layouts[s] = wrap(words, font, s, room)
-        return len(layouts[s]) * int(line_spacing * s) <= room
-
     low, high = (font_size, font_size) if font_size else (MIN_SIZE, MAX_SIZE)
-    while low < high:                                            # the largest size that fits, or the smallest if none does
+    while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    lines = layouts.get(low) or wrap(words, font, low, room)
+        fits = len(wrap(words, font, middle, room)) * int(line_spacing * middle) <= room
+        low, high = (middle, high) if fits else (low, middle - 1)
+    lines, step = wrap(words, font, low, room), int(line_spacing * low)
+    drawn = min(len(lines), room // step)
 
-    coverage, y, step, drawn = np.zeros((size, size), np.uint8), edge, int(line_spacing * low), 0
-    while drawn < len(lines) and y + step <= size - edge:
-        for x, word in lines[drawn]:
-            draw(coverage, *rasterize(font, low, word), edge + round(x), y)
-        y, drawn = y + step, drawn + 1
+    coverage = np.zeros((size + step, 2 * size), np.uint8)                    # with room for what runs off the page
+    for row, line in enumerate(lines[:drawn]):
+        fraction = lambda x: abs(x - round(x))                                # Pillow's kerning moves letters by 1/64 pixel each,
+        if any(fraction(x) + fraction(measure(font, low, word)[0]) >= 0.5 for x, word in line):     # which can add up to one
+            line = [(0, ' '.join(word for _, word in line))]
+        for x, word in line:
+            pixels, dx, dy = rasterize(font, low, word)
+            top, start = edge + row * step + dy, max(edge + round(x) + dx, 0)
+            area = coverage[top:top + pixels.shape[0], start:start + pixels.shape[1]]
+            pixels = pixels[:area.shape[0], :area.shape[1]]
+            if area.any():                                                    # a mark on its neighbour: a + b - a b / 255, rounded
+                over = pixels * (255 - area).astype(np.int32) + 128           # as Pillow rounds
+                pixels = area + (over + (over >> 8) >> 8)
+            area[:] = pixels
     page = Image.new('RGB', (size, size), paper)
-    page.paste(ink, mask=Image.fromarray(coverage))
+    page.paste(ink, mask=Image.fromarray(coverage[:size, :size]))
     return page, low, drawn, ' '.join(word for line in lines[drawn:] for _, word in line)
 
 
@@ -114,11 +111,10 @@ def main(argv=None):
     parser.add_argument('--out', default='page.png', help='where the image goes (default page.png)')
     args = parser.parse_args(argv)
     try:
-        text = Path(args.file).read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as e:
-        raise SystemExit(f'{args.file}: {e}')
-    page, font_size, lines, lost = render_page(text, args.size)
-    page.save(args.out)
+        page, font_size, lines, lost = render_page(Path(args.file).read_text(encoding='utf-8'), args.size)
+        page.save(args.out)
+    except (OSError, ValueError) as e:
+        raise SystemExit(f'{args.file} to {args.out}: {e}')
     print(f'{args.out}: {args.size} x {args.size} pixels, type size {font_size}, {lines} lines, {len(lost)} characters lost')
 
 

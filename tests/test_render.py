@@ -1,0 +1,70 @@
+"""The page, pixel for pixel: the authors' renderer as hashes, and Pillow drawing whole lines."""
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from conftest import GOLDENS
+from PIL import Image, ImageDraw
+import render
+
+GOLDEN = json.loads((GOLDENS / 'render_goldens.json').read_text(encoding='utf-8'))
+FONT = 'DejaVuSans.ttf'
+
+
+@pytest.mark.parametrize('size', [512, 640, 1024, 1280])
+@pytest.mark.parametrize('name', GOLDEN['render_basic_layout'])
+def test_page(name, size):
+    expected = GOLDEN['render_basic_layout'][name][str(size)]
+    page, font_size, lines, lost = render.render_page(GOLDEN['texts'][name], size)
+    assert hashlib.sha256(page.tobytes()).hexdigest() == expected['sha256_rgb']
+    assert (font_size, lines, bool(lost)) == (expected['font_size'], expected['rendered_lines'], expected['is_truncated'])
+
+
+@pytest.mark.parametrize('size', [4, 9, 17, 27, 30])
+def test_lines_are_those_that_pillow_would_draw(size):
+    """Wrapping by measuring whole lines, and drawing them whole, gives the same: also where letters kern and marks combine."""
+    rng = np.random.default_rng(size)
+    stock = ('AVAVAV To Tokyo WAVE. P. "quoted" e\u0301a\u0308 \u0301x fi ffl j\u0327 naïve 中文 العربية ÅÇ LT. Yo, W. Ta T\u00e4 r. 1111 @ _ '
+             + GOLDEN['texts']['accents'][:400]).split()
+    words = [stock[i] for i in rng.integers(len(stock), size=600)]
+    font = render.load_font(FONT, size)
+    expected, line = [], ''
+    for word in words:
+        box = font.getbbox(f'{line} {word}' if line else word)
+        if line and box[2] - box[0] > 500:
+            expected.append(line)
+            line = word
+        else:
+            line = f'{line} {word}' if line else word
+    lines = render.wrap(words, FONT, size, 500)
+    assert [' '.join(word for _, word in line) for line in lines] == expected + [line]
+    text = ' '.join(words)
+    page, _, drawn, _ = render.render_page(text, 1024, font_size=size)
+    whole = Image.new('RGB', (1024, 1024), 'white')
+    edge, step = int(0.05 * 1024), int(1.2 * size)
+    for i, line in enumerate(render.wrap(words, FONT, size, 1024 - 2 * edge)[:drawn]):
+        ImageDraw.Draw(whole).text((edge, edge + i * step), ' '.join(word for _, word in line), fill='black', font=font)
+    assert (np.asarray(page) == np.asarray(whole)).all()
+
+
+def test_the_knobs():
+    text = GOLDEN['texts']['prose_1000tok']
+    page, size, lines, lost = render.render_page(text, 640, font_size=20)
+    assert size == 20 and lines == (640 - 64) // 24 and lost and text.split()[-1] == lost.split()[-1]
+    assert len(' '.join(text.split())) == len(lost) + 1 + len(' '.join(text.split())[:-len(lost) - 1])
+    assert render.render_page(text, 640, line_spacing=2.0)[1] < render.render_page(text, 640)[1]
+    assert np.asarray(render.render_page(text, 640, margin=0.25)[0])[:160].min() == 255
+    inverse = np.asarray(render.render_page(text, 640, ink='white', paper='black')[0])
+    assert (255 - inverse == np.asarray(render.render_page(text, 640)[0])).all()
+    assert render.render_page(' \n ', 128)[1:] == (30, 0, '')
+    with pytest.raises(SystemExit, match='nofont'):
+        render.render_page('a', 128, font='nofont.ttf')
+
+
+def test_command(tmp_path, capsys):
+    (tmp_path / 'a.txt').write_text(GOLDEN['texts']['prose_1000tok'], encoding='utf-8')
+    render.main([str(tmp_path / 'a.txt'), '--size', '640', '--out', str(tmp_path / 'a.png')])
+    assert 'type size 10, 38 lines, 0 characters lost' in capsys.readouterr().out
+    with Image.open(tmp_path / 'a.png') as page:
+        assert hashlib.sha256(page.convert('RGB').tobytes()).hexdigest() == GOLDEN['render_basic_layout']['prose_1000tok']['640']['sha256_rgb']
