@@ -30,15 +30,17 @@ import torch
 from decoder import Autoencoder, Decoder, DecoderConfig
 from encoders import ENCODERS, VisionConfig, settings_of
 
-# Models without weights, as the config.json that they would have; what is not said is as in DeepSeek-OCR.
+# Models without weights, as the config.json that they would have; what "language_config" does not say is as in DeepSeek-OCR.
 PRESETS = {
-    'full': {'language_config': {}, 'vision_config': {}},
-    'tiny': {'language_config': dict(vocab_size=259, hidden_size=128, intermediate_size=352, moe_intermediate_size=96, num_hidden_layers=4,
-                                     num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, n_shared_experts=1,
-                                     num_experts_per_tok=2),
-             'vision_config': {'image_size': 256, 'width': {
-                 'sam_vit_b': {'width': 96, 'layers': 4, 'heads': 3, 'global_attn_indexes': [1, 3]},
-                 'clip-l-14-224': {'width': 128, 'layers': 4, 'heads': 4}}}},
+    'full': {'language_config': {}, 'vision_config': {'image_size': 1024, 'width': {
+        'sam_vit_b': {'width': 768, 'layers': 12, 'heads': 12, 'global_attn_indexes': [2, 5, 8, 11]},
+        'clip-l-14-224': {'width': 1024, 'layers': 24, 'heads': 16}}}},
+    'tiny': {'language_config': {
+        'vocab_size': 259, 'hidden_size': 128, 'intermediate_size': 352, 'moe_intermediate_size': 96, 'num_hidden_layers': 4,
+        'num_attention_heads': 4, 'num_key_value_heads': 4, 'n_routed_experts': 8, 'n_shared_experts': 1, 'num_experts_per_tok': 2},
+        'vision_config': {'image_size': 256, 'width': {
+            'sam_vit_b': {'width': 96, 'layers': 4, 'heads': 3, 'global_attn_indexes': [1, 3]},
+            'clip-l-14-224': {'width': 128, 'layers': 4, 'heads': 4}}}},
 }
 VISION_TENSORS = ('model.sam_model.', 'model.vision_model.', 'model.projector.', 'model.image_newline', 'model.view_seperator')
 # What this decoder takes for granted: a checkpoint whose config.json says otherwise would load, and be wrong.
@@ -75,8 +77,9 @@ def load_tokenizer(path):
         splits = [step['pattern']['Regex'] for step in spec['pre_tokenizer']['pretokenizers'] if step['type'] == 'Split']
         vocab, special = spec['model']['vocab'], {token['content']: token['id'] for token in spec['added_tokens']}
         merged = [vocab[''.join(pair.split(' ') if isinstance(pair, str) else pair)] for pair in spec['model']['merges']]
-        assert len(splits) == 3 and splits[0] == r'\p{N}{1,3}' and merged == sorted(merged)
-    except (KeyError, TypeError, AssertionError):
+    except (KeyError, TypeError):
+        splits = merged = []
+    if len(splits) != 3 or splits[0] != r'\p{N}{1,3}' or merged != sorted(merged):
         raise SystemExit(f'{path}: not a tokenizer of the DeepSeek-V3 family')
     # Byte-level BPE spells bytes as printable characters: printable ones as themselves, the others from U+0100 on.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -104,23 +107,20 @@ def fetch(source):
         raise SystemExit(f'{source}: no such folder, and not to be had from the model hub ({type(e).__name__})')
 
 
-def sizes_from(config, shape):
-    """config.json to a DecoderConfig with its VisionConfig. shape(tensor name, default) -> list: config.json is silent or
-    stale on some of the vision encoder's sizes, its tensors are not. Raises SystemExit where this is not our decoder."""
+def sizes_from(config, shape=lambda name, default: default):
+    """config.json to a DecoderConfig with its VisionConfig. shape(tensor name, default) -> list, for what config.json is silent
+    or stale about: SAM's neck, CLIP's MLP. Raises SystemExit where the decoder is not ours."""
     language = config.get('language_config', config)
     for key, value in ASSUMED.items():
         if language.get(key, value) != value:
             raise SystemExit(f'config.json: {key} is {language[key]}; this decoder knows only {value}')
     sizes = DecoderConfig(**{f.name: language[f.name] for f in fields(DecoderConfig) if language.get(f.name) is not None})
-    width = config.get('vision_config', {}).get('width', {})
-    sam, clip, v = width.get('sam_vit_b', {}), width.get('clip-l-14-224', {}), VisionConfig()
-    clip_width = clip.get('width', v.clip_width)
-    sizes.vision = VisionConfig(
-        image_size=16 * shape('model.sam_model.pos_embed', [1, config.get('vision_config', {}).get('image_size', v.image_size) // 16])[1],
-        sam_width=sam.get('width', v.sam_width), sam_layers=sam.get('layers', v.sam_layers), sam_heads=sam.get('heads', v.sam_heads),
-        sam_global=tuple(sam.get('global_attn_indexes', v.sam_global)), sam_neck=shape('model.sam_model.neck.0.weight', [clip_width // 4])[0],
-        clip_width=clip_width, clip_layers=clip.get('layers', v.clip_layers), clip_heads=clip.get('heads', v.clip_heads),
-        clip_mlp=shape('model.vision_model.transformer.layers.0.mlp.fc1.weight', [4 * clip_width])[0])
+    if 'vision_config' in config:
+        sam, clip = (config['vision_config']['width'][name] for name in ('sam_vit_b', 'clip-l-14-224'))
+        sizes.vision = VisionConfig(
+            config['vision_config']['image_size'], sam['width'], sam['layers'], sam['heads'], tuple(sam['global_attn_indexes']),
+            shape('model.sam_model.neck.0.weight', [clip['width'] // 4])[0], clip['width'], clip['layers'], clip['heads'],
+            shape('model.vision_model.transformer.layers.0.mlp.fc1.weight', [4 * clip['width']])[0])
     return sizes
 
 

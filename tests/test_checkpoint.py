@@ -85,7 +85,7 @@ def test_export_is_the_released_checkpoint(released, tmp_path):
 
 def test_full_size_names_and_shapes():
     """What save would write for the vision model at full size is what DeepSeek-OCR's checkpoint holds: 2710 names, 6.67 GB in bf16."""
-    sizes = sizes_from(read_json(GOLDENS / 'released_config.json'), lambda name, default=None: default)
+    sizes = sizes_from(read_json(GOLDENS / 'released_config.json'))
     with torch.device('meta'):
         model = Autoencoder(ENCODERS['vision'](sizes, 1000), Decoder(sizes))
     ours = {name: list(t.shape) for name, t in released_tensors(model, 'vision').items()}
