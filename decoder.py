@@ -11,6 +11,7 @@ Shapes: B batch, T positions, D width, H heads, d head width, V vocabulary, E ex
 Follows modeling_deepseekv2.py of deepseek-ai/DeepSeek-OCR as its config.json sets it (plain multi-head attention, no MLA).
 """
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -190,7 +191,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.grad_checkpoint = config, False                     # True: compute a block's activations twice, keep none
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -209,11 +210,21 @@ class Decoder(nn.Module):
         positions = torch.arange(start, start + x.shape[1], device=x.device)
         cos, sin = rope(positions, self.layers[0].self_attn.head_dim, self.config.rope_theta, x.dtype)
         for layer in self.layers:
-            x, layer_loss = layer(x, cos, sin, cache)
+            run = partial(checkpoint, layer, use_reentrant=False) if self.grad_checkpoint and self.training else layer
+            x, layer_loss = run(x, cos, sin, cache)
             balance_loss = balance_loss + layer_loss
         if cache:
             cache.length += x.shape[1]
         return self.norm(x), balance_loss
+
+    def forward_flops(self, positions, targets):
+        """FLOPs of a forward pass over one sequence: 2 per weight and position that uses it (logits at the targets only), and
+        causal attention, where a position sees half of the others."""
+        c, D = self.config, self.config.hidden_size
+        attention = sum(p.numel() for p in self.layers[0].self_attn.parameters()) + D * positions
+        experts = 3 * D * c.moe_intermediate_size * (c.num_experts_per_tok + c.n_shared_experts) + D * c.n_routed_experts
+        mlps = sum(experts if isinstance(layer.mlp, MoE) else 3 * D * c.intermediate_size for layer in self.layers)
+        return 2 * (positions * (len(self.layers) * attention + mlps) + targets * D * c.vocab_size)
 
     def logits(self, hidden):
         """(..., D) -> fp32 (..., V)"""

@@ -19,11 +19,11 @@ from decoder import OBJECTIVES
 from load_deepseek import load_run
 
 
-def pick_device(name):
-    """'auto' is CUDA where there is one, else the CPU; mps is used when asked for. Raises SystemExit."""
+def pick_device(name, index=0):
+    """'auto' is CUDA where there is one, else the CPU; mps is used when asked for. index: which card. Raises SystemExit."""
+    name = ('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name
     try:
-        device = torch.device(('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name)
-        return torch.empty(0, device=device).device
+        return torch.empty(0, device=f'{name}:{index}' if name == 'cuda' else name).device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise SystemExit(f'--device {name}: not on this machine ({str(e).splitlines()[0]})')
 
@@ -38,16 +38,21 @@ def to_device(batch, device):
 
 
 @torch.no_grad()
-def evaluate(model, batches, device, workers=0, progress=False):
-    """Loss over the batches of a Batches -> {'loss': mean nats a target token, 'ppl': its exp, 'accuracy': share of hits}."""
-    loss, hits, n, training = 0.0, 0, 0, model.training
+def evaluate(model, batches, device, workers=0, rank=0, world=1, progress=False):
+    """Loss over a Batches, shared among `world` processes -> {'loss': nats a target token, 'ppl': its exp, 'accuracy': share of hits}."""
+    sums, training = torch.zeros(3, dtype=torch.float64), model.training                    # loss, hits, tokens
     model.eval()
-    for batch in tqdm(DataLoader(batches, batch_size=None, num_workers=workers), disable=not progress, leave=False):
+    loader = DataLoader(batches, batch_size=None, sampler=range(rank, len(batches), world), num_workers=workers)
+    for batch in tqdm(loader, disable=not progress, leave=False):
         with autocast(device):
             losses, hit, _ = model(to_device(batch, device))
-        loss, hits, n = loss + losses.double().sum().item(), hits + hit.sum().item(), n + hit.numel()
+        sums += torch.tensor([losses.double().sum(), hit.sum(), hit.numel()])
     model.train(training)
-    return {'loss': loss / n, 'ppl': math.exp(min(loss / n, 700)), 'accuracy': hits / n}
+    if world > 1:
+        sums = sums.to(device)
+        torch.distributed.all_reduce(sums)
+    loss, accuracy = (sums[:2] / sums[2]).tolist()
+    return {'loss': loss, 'ppl': math.exp(min(loss, 700)), 'accuracy': accuracy}
 
 
 def passage(model, batch, tokenizer, device):

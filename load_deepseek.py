@@ -207,9 +207,13 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
 def write_aside(path, write):
     """Have write(path) fill a temporary file, flush it to the disk, rename it: readers see the old file or the new, no half."""
     temporary = path.with_name(path.name + '.tmp')
-    write(temporary)
-    with open(temporary, 'rb+') as f:
-        os.fsync(f.fileno())
+    try:
+        write(temporary)
+        with open(temporary, 'rb+') as f:
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError, safetensors.SafetensorError) as e:         # a full disk, as each library puts it
+        temporary.unlink(missing_ok=True)
+        raise SystemExit(f'{path}: cannot be written ({e})')
     os.replace(temporary, path)
 
 

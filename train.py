@@ -12,12 +12,16 @@ report. --resume goes on from the last save as if nothing had happened.
 import argparse
 import json
 import math
+import os
 import signal
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
 from data import Batches, open_corpus, prepare
 from decoder import OBJECTIVES
@@ -65,6 +69,11 @@ def parse_args(argv=None, defaults={}):
     group.add_argument('--output_dir', help="the run's folder (default out/<regime>, out/<regime>_lm)")
     group.add_argument('--resume', action='store_true', help='go on with the run in --output_dir')
     group.add_argument('--device', default='auto', help='cpu, cuda, mps (default: cuda where there is one)')
+    group.add_argument('--weights', choices=('fp32', 'bf16'), default='fp32', help='that are trained; bf16 as the authors (default fp32)')
+    group.add_argument('--optimizer', choices=('adamw', 'adafactor'), default='adamw', help='adafactor keeps next to no state (default adamw)')
+    group.add_argument('--grad_checkpoint', action='store_true', help='compute activations twice instead of keeping them')
+    group.add_argument('--compile', action=argparse.BooleanOptionalAction, help='torch.compile (default: on CUDA)')
+    group.add_argument('--wandb', metavar='PROJECT', help='log to Weights & Biases as well')
     group = parser.add_argument_group('settings of the encoder')
     for name, (p, regime) in encoder_flags().items():
         group.add_argument(f'--{name}', type=p.annotation, help=f'{regime} (default {p.default!r})')
@@ -141,6 +150,60 @@ def restore(out, optimizer):
     return step
 
 
+PEAK = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}      # dense bf16, vendors'
+
+
+def speed(flops, device):
+    """Model FLOP a second, and on CUDA their share of the card's bf16 peak and the peak memory."""
+    values = {'tflops': flops / 1e12}
+    if device.type == 'cuda':
+        peak = next((peak for name, peak in PEAK.items() if name in torch.cuda.get_device_name(device)), None)
+        values.update({'mfu': flops / peak} if peak else {}, gib=torch.cuda.max_memory_allocated(device) / 2 ** 30)
+    return values
+
+
+@torch.no_grad()
+def training_flops(model, batch, device):
+    """FLOPs of training on one segment: 3 times those of the forward pass, of which the encoder's are counted as it runs."""
+    one = to_device({k: v[:1] for k, v in batch.items()}, device)
+    with autocast(device), FlopCounterMode(display=False) as counter:
+        positions = model.prefix(one).shape[1]
+    targets = one[OBJECTIVES[model.objective]].shape[1]
+    return 3 * (counter.get_total_flops() + model.decoder.forward_flops(positions + targets, targets))
+
+
+def make_optimizer(args, model, encoder_lr):
+    """AdamW or Adafactor over two groups, which keep their peak learning rate beside the present one."""
+    groups = [{'params': [p for p in part.parameters() if p.requires_grad], 'peak': rate}
+              for part, rate in ((model.encoder, encoder_lr), (model.decoder, args.learning_rate))]
+    groups = [group for group in groups if group['params']]
+    if args.optimizer == 'adafactor':
+        return torch.optim.Adafactor(groups, weight_decay=args.weight_decay)
+    return torch.optim.AdamW(groups, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
+
+
+class Log:
+    """Lines on the screen, in log.jsonl and, if wanted, in Weights & Biases; a resumed run's begins with the lines up to `start`."""
+
+    def __init__(self, args, start):
+        self.path, self.steps, self.wandb = Path(args.output_dir, 'log.jsonl'), args.steps, None
+        lines = self.path.read_text(encoding='utf-8').splitlines() if start else []
+        self.path.write_text(''.join(line + '\n' for line in lines if json.loads(line)['step'] <= start), encoding='utf-8')
+        if args.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise SystemExit('--wandb: pip install wandb')
+            self.wandb = wandb.init(project=args.wandb, name=Path(args.output_dir).name, config=vars(args))
+
+    def __call__(self, step, **values):
+        print(f'step {step:5d}/{self.steps}  ' + '  '.join(f'{k} {v:,.4g}' for k, v in values.items()), flush=True)
+        with open(self.path, 'a', encoding='utf-8') as f:
+            f.write(json.dumps({'step': step, **values}) + '\n')
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+
 def main(argv=None):
     args = parse_args(argv)
     if args.resume:
@@ -150,77 +213,99 @@ def main(argv=None):
         args = parse_args(argv, defaults=read_json(out / 'config.json')['run']['args'])         # the command line goes first
         args.model = args.output_dir = str(out)
     resolve(args)
-    out, device = Path(args.output_dir), pick_device(args.device)
+    world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))          # torchrun sets them
+    out, device = Path(args.output_dir), pick_device(args.device, int(os.environ.get('LOCAL_RANK', 0)))
+    if world > 1:
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    if args.gradient_accumulation_steps % world:
+        raise SystemExit(f'--gradient_accumulation_steps {args.gradient_accumulation_steps}: not a multiple of {world} processes')
     if (out / 'config.json').exists() and not args.resume:
         raise SystemExit(f'{out}: holds a run; --resume goes on with it, --output_dir puts this one elsewhere')
 
     # ---- data, model, optimiser
     torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision('high')                    # TF32 for what autocast leaves in fp32
     tokenizer = tokenizer_of(args.model)
+    if rank == 0:
+        args.data = corpus(args, tokenizer)
+    if world > 1:
+        dist.barrier()                                            # rank 0 may have prepared it
     args.data = corpus(args, tokenizer)
     settings = {name: getattr(args, name) for name in settings_of(ENCODERS[args.regime])}
-    model, _, config = load(args.model, args.regime, args.context, args.objective, args.hybrid_text_tokens, device, **settings)
-    model.encoder.requires_grad_(args.train_encoder)
+    model, _, config = load(args.model, args.regime, args.context, args.objective, args.hybrid_text_tokens, device,
+                            torch.bfloat16 if args.weights == 'bf16' else torch.float32, **settings)
+    model.decoder.grad_checkpoint = args.grad_checkpoint
+    if not args.train_encoder:
+        model.encoder.requires_grad_(False)
     image_size = getattr(model.encoder, 'image_size', None)
-    batches = Batches(args.data, 'train', args.batch_size, tokenizer, image_size, args.seed)
-    val = Batches(args.data, 'val', args.batch_size, tokenizer, image_size)
-    some = Batches(args.data, 'val', args.batch_size, tokenizer, image_size, limit=args.eval_segments)
-    G, workers = args.gradient_accumulation_steps, (2 if image_size else 0) if args.workers is None else args.workers
-    args.steps = args.steps or -(-len(batches) // G)
+    side = lambda name, limit=None: Batches(args.data, name, args.batch_size, tokenizer, image_size, args.seed, limit)
+    train, some, val = side('train'), side('val', args.eval_segments), side('val')
+    G, on_cuda = args.gradient_accumulation_steps, device.type == 'cuda'
+    workers = (2 if image_size or on_cuda else 0) if args.workers is None else args.workers
+    args.steps = args.steps or -(-len(train) // G)
     if args.encoder_lr is None:
         args.encoder_lr = 1e-5 if config['run']['pretrained_encoder'] and args.regime == 'vision' else args.learning_rate
-    groups = [{'params': [p for p in part.parameters() if p.requires_grad], 'peak': rate}
-              for part, rate in ((model.encoder, args.encoder_lr), (model.decoder, args.learning_rate))]
-    optimizer = torch.optim.AdamW([g for g in groups if g['params']], betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
+    optimizer = make_optimizer(args, model, args.encoder_lr)
     start = restore(out, optimizer) if args.resume else 0
     config['run'].update(data=args.data, args={k: v for k, v in vars(args).items() if k != 'resume'})
+    out.mkdir(parents=True, exist_ok=True)
+    log = Log(args, start) if rank == 0 else lambda *_, **__: None
+    step_flops = args.batch_size * G * training_flops(model, train[0], device)
     count = lambda part: sum(p.numel() for p in part.parameters())
     print(f'{out}: {args.regime} {config["run"]["settings"]}, {args.objective}; encoder {count(model.encoder):,} and decoder '
-          f'{count(model.decoder):,} parameters; {batches.n:,} segments of {args.context} + {args.continuation} tokens; on {device}')
-
-    out.mkdir(parents=True, exist_ok=True)
-    log_path = out / 'log.jsonl'
-    lines = log_path.read_text(encoding='utf-8').splitlines() if args.resume else []
-    log_path.write_text(''.join(line + '\n' for line in lines if json.loads(line)['step'] <= start), encoding='utf-8')
-
-    def log(step, **values):
-        print(f'step {step:5d}/{args.steps}  ' + '  '.join(f'{k} {v:,.4g}' for k, v in values.items()), flush=True)
-        with open(log_path, 'a', encoding='utf-8') as f:
-            f.write(json.dumps({'step': step, **values}) + '\n')
+          f'{count(model.decoder):,} parameters; {train.n:,} segments of {args.context} + {args.continuation} tokens; '
+          f'{step_flops / 1e12:.3g} TFLOP a step; on {device}')
 
     # ---- training: batch n is a function of seed and n alone, so a step number is all that there is to resume from
     stop = []
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.append(True))         # finish the step, save, leave
-    loader = iter(DataLoader(batches, batch_size=None, sampler=range(start * G, args.steps * G), num_workers=workers,
-                             pin_memory=device.type == 'cuda'))
-    clock, clock_step = time.time(), start
+    mine = range(start * G + rank, args.steps * G, world)         # of a step's G micro-batches each process takes its share
+    batches = iter(DataLoader(train, batch_size=None, sampler=mine, num_workers=workers, pin_memory=on_cuda))
+    forward = torch.compile(model, dynamic=False) if (on_cuda if args.compile is None else args.compile) else model
+    forward = DistributedDataParallel(forward) if world > 1 else forward
+    clock, clock_step, skipped = time.time(), start, torch.zeros((), device=device)
     model.train()
     for step in range(start + 1, args.steps + 1):
         for group in optimizer.param_groups:
             group['lr'] = group['peak'] * learning_rate_scale(step - 1, args.steps, args.warmup_ratio)
         loss = 0.0
-        for _ in range(G):
+        for micro in range(G // world):
+            forward.require_backward_grad_sync = micro == G // world - 1                        # of DistributedDataParallel
             with autocast(device):
-                losses, _, balance_loss = model(to_device(next(loader), device))
-            ((losses.mean() + balance_loss) / G).backward()
-            loss = loss + losses.detach().mean() / G
+                losses, _, balance_loss = forward(to_device(next(batches), device))
+            ((losses.mean() + balance_loss) / (G // world)).backward()
+            loss = loss + losses.detach().mean() / (G // world)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        optimizer.step()
+        finite = torch.isfinite(norm)
+        skipped = torch.where(finite, 0.0, skipped + 1)           # steps in a row without an update; read where a line is logged
+        if args.optimizer == 'adamw':
+            optimizer.found_inf = (~finite).float()               # fused AdamW leaves weights and state alone where this is 1
+        if args.optimizer == 'adamw' or finite:                   # asking Adafactor's question makes the host wait
+            optimizer.step()
         optimizer.zero_grad()
 
         if step % args.log_steps == 0 or step == 1:
             seconds, clock, clock_step = (time.time() - clock) / (step - clock_step), time.time(), step
+            if skipped >= 5:
+                raise SystemExit(f'step {step}: loss or gradient not finite {int(skipped)} times in a row; last save: {out}')
+            if world > 1:
+                dist.all_reduce(loss.div_(world))
             log(step, loss=loss.item(), ppl=math.exp(min(loss.item(), 700)), lr=group['lr'], grad_norm=norm.item(),
-                tokens_per_s=args.batch_size * G * losses.shape[1] / seconds, minutes_left=seconds * (args.steps - step) / 60)
+                tokens_per_s=args.batch_size * G * losses.shape[1] / seconds, **speed(step_flops / seconds, device),
+                minutes_left=seconds * (args.steps - step) / 60)
         if step % args.eval_steps == 0 and step < args.steps and not stop:
-            log(step, **{f'val_{k}': v for k, v in evaluate(model, some, device, workers).items()})
-        if step % args.save_steps == 0 or step == args.steps or stop:
+            log(step, **{f'val_{k}': v for k, v in evaluate(model, some, device, workers, rank, world).items()})
+        if rank == 0 and (step % args.save_steps == 0 or step == args.steps or stop):
             save_run(out, step, model, optimizer, config, None if args.model in PRESETS or args.resume else fetch(args.model))
         if stop:
             print(f'stopped and saved at step {step}; --resume goes on')
             return
-    log(args.steps, **{f'val_{k}': v for k, v in evaluate(model, val, device, workers).items()})
+    log(args.steps, **{f'val_{k}': v for k, v in evaluate(model, val, device, workers, rank, world).items()})
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
     show(*passage(model, val[0], tokenizer, device), args.objective)
     print(f'saved in {out}: python eval.py {out}. For the real model: data.py makes DIR from real text, then\n    python train.py '
           f'--regime {args.regime} --model deepseek-ai/DeepSeek-OCR --data DIR')

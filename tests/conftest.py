@@ -1,8 +1,10 @@
 """What the tests share: the golden files (outputs of the authors' code at a tiny size) and a model with the golden weights."""
 import json
+import os
 import sys
 from pathlib import Path
 
+os.environ['HF_HUB_OFFLINE'] = '1'                           # no test may wait for a network
 import pytest
 import torch
 from safetensors.torch import load_file

@@ -1,0 +1,175 @@
+"""The loop's promises: what it counts, what it skips, what it shares among processes, what a kill cannot hurt."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import train
+from conftest import ROOT
+from data import prepare
+from decoder import Decoder, DecoderConfig, Autoencoder, KVCache
+from encoders import ENCODERS
+from load_deepseek import load, load_run, tokenizer_of
+
+FLAGS = ['--regime', 'conv1d_residual', '--batch_size', '4', '--gradient_accumulation_steps', '2', '--log_steps', '1', '--eval_segments', '24',
+         '--workers', '0']
+
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data') / 'pydoc'
+    prepare('pydoc', folder, tokenizer_of('tiny'), 32, 32, 200, 24)
+    return str(folder)
+
+
+def read(out):
+    return [json.loads(line) for line in (out / 'log.jsonl').read_text(encoding='utf-8').splitlines()]
+
+
+def test_flops_of_the_paper():
+    """Training on a segment of 1000 + 1000 tokens: 3.84 TFLOP from 112 vectors, 3.87 from 126 (conv at 125), 6.27 from the whole."""
+    with torch.device('meta'):
+        decoder = Decoder(DecoderConfig())
+    for vectors, expected in ((112, 3.84), (126, 3.87), (1000, 6.27)):
+        assert 3 * decoder.forward_flops(1 + vectors + 1000, 1000) / 1e12 == pytest.approx(expected, abs=0.005)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_many_stop_the_run(corpus, tmp_path, monkeypatch):
+    forward = Autoencoder.forward
+
+    def poisoned(steps):
+        calls = [0]
+
+        def run(self, batch):
+            losses, hits, balance = forward(self, batch)
+            calls[0] += self.training
+            return losses * (float('nan') if (calls[0] + 1) // 2 in steps and self.training else 1.0), hits, balance
+        monkeypatch.setattr(Autoencoder, 'forward', run)
+
+    poisoned({3})
+    train.main(FLAGS + ['--data', corpus, '--output_dir', str(tmp_path / 'a'), '--steps', '6'])
+    log = read(tmp_path / 'a')
+    assert [line['step'] for line in log if line.get('loss') != line.get('loss')] == [3]
+    assert all(torch.isfinite(p).all() for p in load_run(tmp_path / 'a')[0].parameters()) and log[-1]['val_loss'] < 6
+    poisoned(range(4, 100))
+    with pytest.raises(SystemExit, match='not finite'):
+        train.main(FLAGS + ['--data', corpus, '--output_dir', str(tmp_path / 'b'), '--steps', '90', '--save_steps', '2'])
+    assert all(torch.isfinite(p).all() for p in load_run(tmp_path / 'b')[0].parameters())
+
+
+def test_two_processes_train_as_one(corpus, tmp_path):
+    flags = [*FLAGS, '--data', corpus, '--steps', '20', '--eval_steps', '10']
+    train.main([*flags, '--output_dir', str(tmp_path / 'one')])
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', str(ROOT / 'train.py'), *flags, '--output_dir',
+               str(tmp_path / 'two')]
+    done = subprocess.run(command, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = read(tmp_path / 'one'), read(tmp_path / 'two')
+    assert len(one) == len(two) == 22
+    for a, b in zip(one, two):
+        for key in {'loss', 'val_loss', 'grad_norm'} & a.keys():
+            assert a[key] == pytest.approx(b[key], abs=1e-5)
+
+
+@pytest.mark.parametrize('regime', ['meanpool', 'vision'])
+def test_one_graph(regime):
+    """torch.compile sees the whole model in bf16 without a break."""
+    torch._dynamo.reset()
+    model, _, _ = load('tiny', regime, 32, hybrid=3, **({'vision_mode': '64'} if regime == 'vision' else {}))
+    ids = torch.randint(3, 259, (2, 32))
+    batch = {'context': ids, 'continuation': ids}
+    if regime == 'vision':
+        batch['image'] = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        losses, _, balance = torch.compile(model, fullgraph=True, dynamic=False, backend='aot_eager')(batch)
+        expected, _, _ = model(batch)
+    (losses.mean() + balance).backward()
+    assert (losses - expected).abs().max() < 1e-2
+
+
+def test_recomputing_activations_changes_nothing():
+    grads = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        model, _, _ = load('tiny', 'meanpool', 32)
+        model.decoder.grad_checkpoint = again
+        losses, _, balance = model({'context': torch.arange(64).view(2, 32) + 3})
+        (losses.mean() + balance).backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize('flags', [('--optimizer', 'adafactor'), ('--weights', 'bf16', '--grad_checkpoint')])
+def test_small_card_recipe_learns_and_resumes(corpus, tmp_path, flags):
+    train.main(FLAGS + ['--data', corpus, '--output_dir', str(tmp_path / 'a'), '--steps', '10', *flags])
+    assert read(tmp_path / 'a')[-1]['val_loss'] < read(tmp_path / 'a')[0]['loss'] - 0.5
+    train.main(['--resume', '--output_dir', str(tmp_path / 'a'), '--steps', '12'])
+    assert read(tmp_path / 'a')[-1]['step'] == 12
+
+
+def test_killed_and_resumed_is_the_same_run(corpus, tmp_path):
+    """kill -9 somewhere behind the first save; then --resume ends as the run that was left alone."""
+    flags = [*FLAGS, '--data', corpus, '--steps', '12', '--save_steps', '3']
+    train.main([*flags, '--output_dir', str(tmp_path / 'whole')])
+    process = subprocess.Popen([sys.executable, str(ROOT / 'train.py'), *flags, '--output_dir', str(tmp_path / 'killed')], stdout=subprocess.DEVNULL)
+    until = time.time() + 60
+    while not (tmp_path / 'killed' / 'model.safetensors.index.json').exists() and time.time() < until:
+        time.sleep(0.01)
+    process.send_signal(getattr(signal, 'SIGKILL', signal.SIGTERM))
+    process.wait()
+    train.main(['--resume', '--output_dir', str(tmp_path / 'killed')])
+    key = lambda out: [(line['step'], line.get('loss'), line.get('val_loss')) for line in read(out)]
+    assert key(tmp_path / 'killed') == key(tmp_path / 'whole')
+    assert sorted(p.name for p in (tmp_path / 'killed').iterdir()) == sorted(p.name for p in (tmp_path / 'whole').iterdir())
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(corpus, tmp_path, monkeypatch):
+    train.main(FLAGS + ['--data', corpus, '--output_dir', str(tmp_path / 'a'), '--steps', '2'])
+    before = {p.name: p.read_bytes() for p in (tmp_path / 'a').iterdir() if p.name != 'log.jsonl'}
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b'half of it')
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr('safetensors.torch.save_file', full)
+    with pytest.raises(SystemExit, match='No space left'):
+        train.main(['--resume', '--output_dir', str(tmp_path / 'a'), '--steps', '4'])
+    monkeypatch.undo()
+    assert before.items() <= {p.name: p.read_bytes() for p in (tmp_path / 'a').iterdir()}.items()
+    train.main(['--resume', '--output_dir', str(tmp_path / 'a'), '--steps', '4'])
+
+
+def test_generation_with_the_cache_is_generation_without():
+    model, _, _ = load('tiny', 'meanpool', 32)
+    model.eval()
+    batch = {'context': torch.arange(96).view(3, 32) + 3}
+    cached = model.generate(batch, 40)
+    with torch.no_grad():
+        x, ids = model.prefix(batch), []
+        for _ in range(40):
+            ids.append(model.decoder.logits(model.decoder(x)[0][:, -1]).argmax(-1))
+            x = torch.cat([x, model.decoder.embed_tokens(ids[-1][:, None])], dim=1)
+        expected = torch.stack(ids, dim=1)
+    for row, alone in zip(cached, expected):
+        end = (alone == 1).nonzero()[0].item() + 1 if (alone == 1).any() else 40
+        assert row[:end].tolist() == alone[:end].tolist() and (row[end:] == 1).all()
+    assert torch.equal(cached[1], model.generate({'context': batch['context'][1:2]}, 40)[0]) or cached.shape[1] < 40
+    torch.manual_seed(0)
+    sampled = model.generate(batch, 40, temperature=1.0)
+    assert sampled.shape == (3, 40) and not torch.equal(sampled, cached)
+    cache = KVCache(10)
+    model.decoder(torch.zeros(1, 4, 128), cache)
+    with pytest.raises(AssertionError, match='2 positions at once, after 4'):
+        model.decoder(torch.zeros(1, 2, 128), cache)
+
+
+def test_a_row_that_ended_repeats_eos():
+    model, _, _ = load('tiny', 'text', 8, text_context_tokens=8)
+    model.decoder.config.eos_token_id = 77
+    step = iter([[5, 77, 6], [77, 9, 6], [3, 3, 77], [4, 4, 4]])
+    model.decoder.logits = lambda hidden: torch.nn.functional.one_hot(torch.tensor(next(step)), 259).float()
+    assert model.generate({'context': torch.full((3, 8), 5)}, 10).tolist() == [[5, 77, 77], [77, 77, 77], [6, 6, 77]]
+    assert set(ENCODERS) >= {'text', 'meanpool', 'conv1d_residual', 'vision'}
