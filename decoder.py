@@ -230,17 +230,21 @@ class Decoder(nn.Module):
         """(..., D) -> fp32 (..., V)"""
         return self.lm_head(hidden).float()
 
-    def token_losses(self, hidden, target, chunk=1024):
-        """hidden (B, T, D), target ids (B, T) -> cross-entropy in nats and whether the likeliest token is the target, both (B, T).
+    def token_losses(self, hidden, target, rows=None):
+        """hidden (B, T, D), target ids (B, T) -> cross-entropy in nats and whether the likeliest token is right: (B, T) each.
 
-        Rows go `chunk` at a time and the backward pass computes their logits again, so that only (chunk, V) logits ever exist.
+        `rows` at a time, by default as many as have 2^27 logits (half a GB); of several such chunks, the backward pass computes
+        the logits again, so that only one chunk of them ever exists.
         """
         def losses(h, t):
             logits = self.logits(h)
             return F.cross_entropy(logits, t, reduction='none'), logits.argmax(dim=-1) == t
 
-        chunks = zip(hidden.flatten(0, 1).split(chunk), target.flatten().split(chunk))
-        loss, hit = zip(*(checkpoint(losses, h, t, use_reentrant=False) for h, t in chunks))
+        rows = rows or 2 ** 27 // self.config.vocab_size
+        chunks = list(zip(hidden.flatten(0, 1).split(rows), target.flatten().split(rows)))
+        if len(chunks) > 1:
+            losses = partial(checkpoint, losses, use_reentrant=False)
+        loss, hit = zip(*(losses(h, t) for h, t in chunks))
         return torch.cat(loss).view(target.shape), torch.cat(hit).view(target.shape)
 
 

@@ -1,18 +1,18 @@
 """
 The encoders: a context of T tokens to a memory of M vectors, each as wide as the decoder's embeddings.
 
-    encoder(batch, embed) -> memory (B, M, D)      batch['context'] (B, T) token ids, batch['image'] (B, 3, S, S) pixels when
-                                                   encoder.image_size is set; embed is the decoder's own token embedding
+    encoder(batch, embed) -> memory (B, M, D)      batch['context'] (B, T) token ids; batch['image'] (B, 3, S, S) pixels
+                                                   for an encoder with an image_size; embed: the decoder's embedding
     text             the last N embeddings themselves: truncation, or the whole context
     meanpool         the mean embedding of every window
     conv1d_residual  a pyramid of residual convolutions, each halving the length
     vision           the context drawn as a page, read by DeepSeek-OCR's encoder:  page -> SAM -> CLIP -> projector
 
-A new encoder is a class with the same constructor, (config, context_length, *, settings), and a line in ENCODERS at the end.
-Its keywords become flags of train.py, are stored in config.json and label its row in eval.py's table.
+A new encoder is a class with the same constructor, (config, context_length, *, settings), and its entry in ENCODERS.
+Its settings become flags of train.py, are stored in config.json and label its row in eval.py's table.
 
-Shapes: B batch, T context tokens, M memory vectors, D decoder width, S page side in pixels, C channels, H W height and width
-in patches, n heads, d head width.  References: arXiv 2512.03643 (the compressors), deepencoder.py of deepseek-ai/DeepSeek-OCR.
+Shapes: B batch, T context tokens, M memory vectors, D decoder width, S page side in pixels, C channels, H W height and
+width in patches, n heads, d head width. References: arXiv 2512.03643 (the compressors), deepencoder.py of DeepSeek-OCR.
 """
 import inspect
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 
 class Text(nn.Module):
-    """memory = embed(last N context tokens). N = 0 is no context at all, None the whole of it: the two ends of truncation."""
+    """memory = embed(last N context tokens). N = 0 is no context, None the whole of it: the two ends of truncation."""
 
     def __init__(self, config, context_length, *, text_context_tokens: int = None):
         super().__init__()
@@ -37,18 +37,18 @@ class Text(nn.Module):
         return embed(context[:, context.shape[1] - self.text_context_tokens:])
 
 
-def separator(dim):
-    """A learned vector after the memory, (D,): it tells the decoder where compressed vectors end and plain tokens begin."""
+def learned(dim):
+    """A learned vector of the memory, (D,). The separator after it tells the decoder where plain tokens begin."""
     return nn.Parameter(torch.randn(dim) * dim ** -0.5)
 
 
 def append(memory, vector):
-    """(B, M, D), (D,) -> (B, M + 1, D)"""
+    """(B, M, D), (D,) or (B, 1, D) -> (B, M + 1, D)"""
     return torch.cat([memory, vector.expand(len(memory), 1, -1)], dim=1)
 
 
 class MeanPool(nn.Module):
-    """memory_i = mean(embed(context[i s : i s + w])), then the separator. What is left after the last full window is one more."""
+    """memory_i = mean(embed(context[i s : i s + w])), what no window took at the end as one more, the separator."""
 
     def __init__(self, config, context_length, *, compression_window_size: int = 4, compression_stride: int = None):
         super().__init__()
@@ -56,20 +56,20 @@ class MeanPool(nn.Module):
         if not 1 <= w <= context_length or s < 1:
             raise ValueError(f'window {w} with stride {s} does not fit a context of {context_length} tokens')
         self.compression_window_size, self.compression_stride = w, s
-        self.separator = separator(config.hidden_size)
+        self.separator = learned(config.hidden_size)
 
     def forward(self, batch, embed):
         x, w, s = embed(batch['context']), self.compression_window_size, self.compression_stride
-        memory = x.unfold(1, w, s).mean(dim=-1)                                   # (B, windows, D)
-        rest = x[:, (memory.shape[1] - 1) * s + w:].mean(dim=1, keepdim=True)     # what no window took at the end: one more
-        return append(torch.cat([memory, rest], dim=1) if (x.shape[1] - w) % s else memory, self.separator)
+        memory = x.unfold(1, w, s).mean(dim=-1)                                 # (B, windows, D)
+        rest = x[:, (memory.shape[1] - 1) * s + w:]
+        if rest.shape[1]:
+            memory = append(memory, rest.mean(dim=1, keepdim=True))
+        return append(memory, self.separator)
 
 
 class ResidualBlock(nn.Module):
-    """y = gelu(norm(conv3/2(gelu(norm(conv_k(x))))) + pool(x)): (B, D, L) -> (B, D, ceil(L / 2)).
-
-    GroupNorm with one group takes its statistics over channels and positions, so every vector has seen the whole context.
-    """
+    """y = gelu(norm(conv3/2(gelu(norm(conv_k(x))))) + pool(x)): (B, D, L) -> (B, D, ceil(L / 2)). GroupNorm with one
+    group takes its statistics over channels and positions, so every vector has seen the whole context."""
 
     def __init__(self, dim, kernel):
         super().__init__()
@@ -84,7 +84,7 @@ class ResidualBlock(nn.Module):
 
 
 class Conv1dResidual(nn.Module):
-    """memory = n residual blocks over the embeddings, then the separator; the n that takes T tokens to `compression_target`."""
+    """memory = as many residual blocks over the embeddings as take T to `compression_target`, then the separator."""
 
     def __init__(self, config, context_length, *, compression_target: int = None, conv_kernel: int = 5):
         super().__init__()
@@ -93,27 +93,24 @@ class Conv1dResidual(nn.Module):
             chain.append((chain[-1] + 1) // 2)
         self.compression_target = chain[min(2, len(chain) - 1)] if compression_target is None else compression_target
         if self.compression_target not in chain:
-            raise ValueError(f'compression_target {compression_target} is not one of {chain}: each block halves, rounding up')
+            raise ValueError(f'compression_target {compression_target} is not one of {chain}: blocks halve, round up')
         if conv_kernel % 2 == 0 or conv_kernel < 1:
             raise ValueError(f'conv_kernel {conv_kernel} is not an odd positive number')
-        self.conv_kernel = conv_kernel
-        self.pyramid = nn.ModuleList(ResidualBlock(config.hidden_size, conv_kernel)
-                                     for _ in range(chain.index(self.compression_target)))
-        self.separator = separator(config.hidden_size)
+        blocks = chain.index(self.compression_target)
+        self.pyramid = nn.Sequential(*(ResidualBlock(config.hidden_size, conv_kernel) for _ in range(blocks)))
+        self.separator = learned(config.hidden_size)
 
     def forward(self, batch, embed):
-        x = embed(batch['context']).transpose(1, 2)                               # (B, D, T)
-        for block in self.pyramid:
-            x = block(x)
+        x = self.pyramid(embed(batch['context']).transpose(1, 2))               # (B, D, M - 1)
         return append(x.transpose(1, 2), self.separator)
 
 
-# ---------------------------------------------------------------------------------------------------------------- vision
+# --------------------------------------------------------------------------------------------------------------- vision
 
 @dataclass
 class VisionConfig:
     """Sizes of the vision encoder; the defaults are SAM ViT-B and CLIP ViT-L as DeepSeek-OCR has them."""
-    image_size: int = 1024                  # the page that SAM's position tables are made for; other sizes interpolate them
+    image_size: int = 1024                  # the page that SAM's position tables are made for; others interpolate
     sam_width: int = 768
     sam_layers: int = 12
     sam_heads: int = 12
@@ -125,19 +122,19 @@ class VisionConfig:
     clip_mlp: int = 4096
 
 
-WINDOW, CLIP_GRID = 14, 16                  # patches a side: of SAM's windows, and that CLIP's position table is made for
+WINDOW, CLIP_GRID = 14, 16                # patches a side: of SAM's windows, and that CLIP's position table is made for
 
 
 def resize_positions(table, size):
-    """Interpolate a square table of position vectors (1, h, h, C) to (1, size, size, C): antialiased bicubic, in fp32."""
+    """Resize a square table of position vectors (1, h, h, C) to (1, size, size, C): antialiased bicubic, in fp32."""
     if table.shape[1] == size:
         return table
-    x = F.interpolate(table.float().permute(0, 3, 1, 2), (size, size), mode='bicubic', antialias=True, align_corners=False)
+    x = F.interpolate(table.float().permute(0, 3, 1, 2), (size, size), mode='bicubic', antialias=True)
     return x.permute(0, 2, 3, 1).to(table.dtype)
 
 
 def relative_positions(table, size):
-    """Rows of a table (2h - 1, d) of relative positions, resized to 2 size - 1, for each pair (i, j): (size, size, d)."""
+    """Rows i - j of a table (2h - 1, d) of relative positions, resized to 2 size - 1 rows: (size, size, d)."""
     if table.shape[0] != 2 * size - 1:
         table = F.interpolate(table.float().T[None], 2 * size - 1, mode='linear')[0].T.to(table.dtype)
     i = torch.arange(size, device=table.device)
@@ -147,8 +144,8 @@ def relative_positions(table, size):
 class SAMAttention(nn.Module):
     """softmax(q k / sqrt(d) + q R_h + q R_w) v, with R_h and R_w the vectors of the vertical and horizontal offsets.
 
-    The bias is itself a dot product: q R_h depends on the key through its row only, so (q R_h of every row) dotted with the
-    key's row as a one-hot vector gives it. Appended to q and k, the bias needs no (HW x HW) matrix and any kernel will do.
+    The bias is itself a dot product: q R_h depends on the key through its row only, so (q R_h of every row) dotted with
+    the key's row as a one-hot vector gives it. Appended to q and k, it needs no (HW x HW) matrix and any kernel will do.
     """
 
     def __init__(self, dim, n_head, size):
@@ -159,23 +156,23 @@ class SAMAttention(nn.Module):
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * size - 1, dim // n_head))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * size - 1, dim // n_head))
 
-    def forward(self, x):                                                         # (B, H, W, C)
+    def forward(self, x):
         B, H, W, C = x.shape
-        d = C // self.n_head
-        q, k, v = self.qkv(x).view(B, H, W, 3, self.n_head, d).permute(3, 0, 4, 1, 2, 5)         # (B, n, H, W, d) each
+        q, k, v = self.qkv(x).view(B, H, W, 3, self.n_head, -1).permute(3, 0, 4, 1, 2, 5)       # (B, n, H, W, d) each
+        d = q.shape[-1]
         bias_h = torch.einsum('bnhwd,hkd->bnhwk', q, relative_positions(self.rel_pos_h, H).type_as(q))
         bias_w = torch.einsum('bnhwd,wkd->bnhwk', q, relative_positions(self.rel_pos_w, W).type_as(q))
         row = torch.eye(H, device=x.device, dtype=q.dtype)[:, None, :].expand(B, self.n_head, H, W, H)
         col = torch.eye(W, device=x.device, dtype=q.dtype)[None, :, :].expand(B, self.n_head, H, W, W)
-        q = torch.cat([q * d ** -0.5, bias_h.type_as(q), bias_w.type_as(q)], dim=-1).flatten(2, 3)    # (B, n, HW, d + H + W)
+        q = torch.cat([q * d ** -0.5, bias_h.type_as(q), bias_w.type_as(q)], dim=-1).flatten(2, 3)  # (B, n, HW, d+H+W)
         k = torch.cat([k, row, col], dim=-1).flatten(2, 3)
-        v = F.pad(v, (0, H + W)).flatten(2, 3)                                    # the kernels want one width for all three
+        v = F.pad(v, (0, H + W)).flatten(2, 3)                                # the kernels want one width for all three
         y = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :d]
         return self.proj(y.transpose(1, 2).reshape(B, H, W, C))
 
 
 class SAMBlock(nn.Module):
-    """A pre-norm transformer block; attention within windows of window x window patches, or over the page when window is 0."""
+    """A pre-norm transformer block; attention within squares of window x window patches, or the page if window is 0."""
 
     def __init__(self, dim, n_head, window, grid):
         super().__init__()
@@ -186,18 +183,14 @@ class SAMBlock(nn.Module):
         self.mlp = nn.ModuleDict({'lin1': nn.Linear(dim, 4 * dim), 'lin2': nn.Linear(4 * dim, dim)})
 
     def forward(self, x):
-        attend = self.windowed if self.window else self.attn
-        x = x + attend(self.norm1(x))
+        B, H, W, C = x.shape                                                    # H = W, as pages are square
+        w = self.window or H
+        n = -(-H // w)                                                          # windows a side
+        y = F.pad(self.norm1(x), (0, 0, 0, n * w - W, 0, n * w - H))            # the zeros are attended to as well
+        y = y.view(B, n, w, n, w, C).transpose(2, 3).reshape(-1, w, w, C)       # each window by itself
+        y = self.attn(y).view(B, n, n, w, w, C).transpose(2, 3).reshape(B, n * w, n * w, C)
+        x = x + y[:, :H, :W]
         return x + self.mlp.lin2(F.gelu(self.mlp.lin1(self.norm2(x))))
-
-    def windowed(self, x):
-        """Attention in each window by itself. The page is filled up with zeros to whole windows, and those are attended to."""
-        B, H, W, C = x.shape
-        w, down, across = self.window, -(-H // self.window), -(-W // self.window)
-        x = F.pad(x, (0, 0, 0, across * w - W, 0, down * w - H))
-        x = x.view(B, down, w, across, w, C).transpose(2, 3).reshape(-1, w, w, C)              # (B * windows, w, w, C)
-        x = self.attn(x).view(B, down, across, w, w, C).transpose(2, 3)
-        return x.reshape(B, down * w, across * w, C)[:, :H, :W]
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -215,8 +208,8 @@ class SAM(nn.Module):
         grid = v.image_size // 16
         self.patch_embed = nn.ModuleDict({'proj': nn.Conv2d(3, v.sam_width, 16, stride=16)})
         self.pos_embed = nn.Parameter(torch.randn(1, grid, grid, v.sam_width) * 0.02)
-        self.blocks = nn.ModuleList(SAMBlock(v.sam_width, v.sam_heads, 0 if i in v.sam_global else WINDOW, grid)
-                                    for i in range(v.sam_layers))
+        self.blocks = nn.Sequential(*(SAMBlock(v.sam_width, v.sam_heads, 0 if i in v.sam_global else WINDOW, grid)
+                                      for i in range(v.sam_layers)))
         conv = lambda a, b, size, **k: nn.Conv2d(a, b, size, bias=False, **k)
         self.neck = nn.Sequential(conv(v.sam_width, v.sam_neck, 1), ChannelNorm(v.sam_neck, eps=1e-6),
                                   conv(v.sam_neck, v.sam_neck, 3, padding=1), ChannelNorm(v.sam_neck, eps=1e-6))
@@ -224,10 +217,8 @@ class SAM(nn.Module):
         self.net_3 = conv(v.clip_width // 2, v.clip_width, 3, stride=2, padding=1)
 
     def forward(self, image):
-        x = self.patch_embed.proj(image).permute(0, 2, 3, 1)                      # (B, H, W, C), H = W = S / 16
-        x = x + resize_positions(self.pos_embed, x.shape[1])
-        for block in self.blocks:
-            x = block(x)
+        x = self.patch_embed.proj(image).permute(0, 2, 3, 1)                    # (B, H, W, C), H = W = S / 16
+        x = self.blocks(x + resize_positions(self.pos_embed, x.shape[1]))
         return self.net_3(self.net_2(self.neck(x.permute(0, 3, 1, 2))))
 
 
@@ -241,48 +232,42 @@ class CLIPBlock(nn.Module):
         self.self_attn = nn.ModuleDict({'qkv_proj': nn.Linear(dim, 3 * dim), 'out_proj': nn.Linear(dim, dim)})
         self.mlp = nn.ModuleDict({'fc1': nn.Linear(dim, hidden), 'fc2': nn.Linear(hidden, dim)})
 
-    def forward(self, x):                                                         # (B, 1 + HW, C)
-        q, k, v = self.self_attn.qkv_proj(self.layer_norm1(x)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + self.self_attn.out_proj(y)
+    def forward(self, x):                                                       # (B, 1 + HW, C)
+        qkv = self.self_attn.qkv_proj(self.layer_norm1(x)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.self_attn.out_proj(F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2))
         y = self.mlp.fc1(self.layer_norm2(x))
         return x + self.mlp.fc2(y * torch.sigmoid(1.702 * y))
 
 
 class CLIP(nn.Module):
-    """SAM's features (B, C, h, w) take the place of patch embeddings: -> (B, 1 + hw, C), the class token first, no last norm."""
+    """SAM's features (B, C, h, h) in place of patch embeddings -> (B, 1 + h h, C), class token first, no last norm."""
 
     def __init__(self, v):
         super().__init__()
         C = v.clip_width
-        self.embeddings = nn.ModuleDict({'patch_embedding': nn.Conv2d(3, C, 14, stride=14, bias=False),     # never used, but
-                                         'position_embedding': nn.Embedding(1 + CLIP_GRID ** 2, C)})      # in the checkpoint
+        self.embeddings = nn.ModuleDict({'patch_embedding': nn.Conv2d(3, C, 14, stride=14, bias=False),    # never used,
+                                         'position_embedding': nn.Embedding(1 + CLIP_GRID ** 2, C)})      # but released
         self.embeddings.class_embedding = nn.Parameter(torch.randn(C) * 0.02)
         nn.init.normal_(self.embeddings.position_embedding.weight, std=0.02)
-        self.pre_layrnorm = nn.LayerNorm(C, eps=1e-5)                             # (sic)
-        self.transformer = nn.ModuleDict({'layers': nn.ModuleList(CLIPBlock(C, v.clip_heads, v.clip_mlp)
-                                                                  for _ in range(v.clip_layers))})
+        self.pre_layrnorm = nn.LayerNorm(C, eps=1e-5)                           # (sic)
+        blocks = (CLIPBlock(C, v.clip_heads, v.clip_mlp) for _ in range(v.clip_layers))
+        self.transformer = nn.ModuleDict({'layers': nn.Sequential(*blocks)})
 
     def forward(self, features):
         B, C, h, _ = features.shape
-        table = self.embeddings.position_embedding.weight                         # class position, then a square of patches
+        table = self.embeddings.position_embedding.weight                     # class position, then a square of patches
         patches = resize_positions(table[1:].view(1, CLIP_GRID, CLIP_GRID, C), h).view(-1, C)
-        x = torch.cat([self.embeddings.class_embedding.expand(B, 1, C).type_as(features),
-                       features.flatten(2).transpose(1, 2)], dim=1)
-        x = self.pre_layrnorm(x + torch.cat([table[:1], patches]))
-        for layer in self.transformer.layers:
-            x = layer(x)
-        return x
+        token = self.embeddings.class_embedding.expand(B, 1, C).type_as(features)
+        x = torch.cat([token, features.flatten(2).transpose(1, 2)], dim=1) + torch.cat([table[:1], patches])
+        return self.transformer.layers(self.pre_layrnorm(x))
 
 
-VISION_MODES = {'tiny': 512, 'small': 640, 'base': 1024, 'large': 1280}           # pixels a side, in DeepSeek-OCR's terms
+VISION_MODES = {'tiny': 512, 'small': 640, 'base': 1024, 'large': 1280}      # pixels a side, as DeepSeek-OCR names them
 
 
 class Vision(nn.Module):
-    """memory = rows of projector([CLIP(SAM(page)), SAM(page)]), a newline vector after each row, a separator at the end.
-
-    A page of S x S pixels becomes h x h vectors with h = S / 64, so M = h (h + 1) + 1: 640 pixels, 10 x 10, 111 vectors.
-    """
+    """memory = rows of projector([CLIP(SAM(page)), SAM(page)]), a newline vector after each row, the separator last.
+    A page of S x S pixels becomes h x h vectors, h = S / 64, so M = h (h + 1) + 1: 640 pixels, 10 x 10, 111 vectors."""
 
     def __init__(self, config, context_length, *, vision_mode: str = None, vision_prompt: str = ''):
         super().__init__()
@@ -290,37 +275,28 @@ class Vision(nn.Module):
         mode = str(v.image_size) if vision_mode is None else vision_mode
         self.image_size = VISION_MODES.get(mode) or (int(mode) if mode.isdecimal() else 0)
         if self.image_size == 0 or self.image_size % 64:
-            raise ValueError(f'vision_mode {mode} is neither one of {", ".join(VISION_MODES)} nor a multiple of 64 pixels')
-        self.vision_mode, self.vision_prompt = mode, vision_prompt
-        self.prompt = vision_prompt                                               # text that the decoder reads after the memory
+            raise ValueError(f'vision_mode {mode} is not one of {", ".join(VISION_MODES)} or a multiple of 64 pixels')
+        self.vision_mode, self.prompt = mode, vision_prompt                     # the decoder reads it after the memory
         self.sam_model = SAM(v)
         self.vision_model = CLIP(v)
         self.projector = nn.ModuleDict({'layers': nn.Linear(2 * v.clip_width, config.hidden_size)})
-        self.image_newline = nn.Parameter(torch.randn(config.hidden_size) * config.hidden_size ** -0.5)
-        self.view_seperator = separator(config.hidden_size)                       # (sic)
+        self.image_newline = learned(config.hidden_size)
+        self.view_seperator = learned(config.hidden_size)                       # (sic)
 
     def forward(self, batch, embed):
         image = batch['image']
-        if image.dtype == torch.uint8:                                            # pixels travel as bytes: 0..255 to -1..1
+        if image.dtype == torch.uint8:                                         # pixels travel as bytes: 0..255 to -1..1
             image = (image.float() / 255 - 0.5) / 0.5
-        features = self.sam_model(image)                                          # (B, C, h, h)
-        h = features.shape[-1]
-        clip = self.vision_model(features)[:, 1:]                                 # (B, h * h, C)
-        x = self.projector.layers(torch.cat([clip, features.flatten(2).transpose(1, 2)], dim=-1))
-        rows = x.unflatten(1, (h, h))                                             # (B, h, h, D)
-        newline = self.image_newline.to(x.dtype).expand(len(x), h, 1, -1)
-        return append(torch.cat([rows, newline], dim=2).flatten(1, 2), self.view_seperator)
+        sam = self.sam_model(image)                                             # (B, C, h, h)
+        features = torch.cat([self.vision_model(sam)[:, 1:], sam.flatten(2).transpose(1, 2)], dim=-1)    # (B, h h, 2 C)
+        x = self.projector.layers(features).unflatten(1, sam.shape[2:]).flatten(0, 1)                      # (B h, h, D)
+        rows = append(x, self.image_newline).unflatten(0, (len(sam), -1))       # (B, h, h + 1, D)
+        return append(rows.flatten(1, 2), self.view_seperator)
 
 
-ENCODERS = {
-    'text': Text,
-    'meanpool': MeanPool,
-    'conv1d_residual': Conv1dResidual,
-    'vision': Vision,
-}
+ENCODERS = {'text': Text, 'meanpool': MeanPool, 'conv1d_residual': Conv1dResidual, 'vision': Vision}
 
 
 def settings_of(encoder_class):
     """An encoder's settings: {keyword: inspect.Parameter, with its type and default}."""
-    parameters = inspect.signature(encoder_class).parameters
-    return {name: p for name, p in parameters.items() if p.kind == p.KEYWORD_ONLY}
+    return {name: p for name, p in inspect.signature(encoder_class).parameters.items() if p.kind == p.KEYWORD_ONLY}

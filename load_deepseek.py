@@ -2,13 +2,13 @@
 The released checkpoint format, both ways, and its tokenizer.
 
     model, tokenizer, config = load('deepseek-ai/DeepSeek-OCR', 'meanpool', 1000, compression_window_size=4)
-    python load_deepseek.py out/vision --export ocr            # a run's weights in bf16, for whatever opens DeepSeek-OCR
+    python load_deepseek.py out/vision --export ocr          # a run's weights in bf16, for whatever opens DeepSeek-OCR
 
-A checkpoint is a folder: config.json, safetensors files under DeepSeek-OCR's tensor names, tokenizer.json. A run of ours adds
-the entry "run" to config.json (which encoder, its settings, the lengths) and the tensors of our own encoders:
+A checkpoint is a folder: config.json, safetensors files under DeepSeek-OCR's tensor names, tokenizer.json. A run
+of ours adds "run" to config.json (which encoder, its settings, the lengths) and the tensors of our own encoders:
 
     here                                          there
-    decoder.layers.3.mlp.experts.up_proj[7]       model.layers.3.mlp.experts.7.up_proj.weight    (stacked here, apart there)
+    decoder.layers.3.mlp.experts.up_proj[7]       model.layers.3.mlp.experts.7.up_proj.weight  (stacked here only)
     decoder.lm_head.weight                        lm_head.weight
     decoder.<name>, and encoder.<name> of vision  model.<name>
     encoder.<name> of any other encoder           <regime>.<name>
@@ -22,7 +22,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import huggingface_hub
-import safetensors
 import safetensors.torch
 import tiktoken
 import torch
@@ -30,31 +29,31 @@ import torch
 from decoder import Autoencoder, Decoder, DecoderConfig
 from encoders import ENCODERS, VisionConfig, settings_of
 
-# Models without weights, as the config.json that they would have; what "language_config" does not say is as in DeepSeek-OCR.
+# Models without weights, as the config.json they would have; what "language_config" leaves out is as in DeepSeek-OCR.
 PRESETS = {
     'full': {'language_config': {}, 'vision_config': {'image_size': 1024, 'width': {
         'sam_vit_b': {'width': 768, 'layers': 12, 'heads': 12, 'global_attn_indexes': [2, 5, 8, 11]},
         'clip-l-14-224': {'width': 1024, 'layers': 24, 'heads': 16}}}},
-    'tiny': {'language_config': {
-        'vocab_size': 259, 'hidden_size': 128, 'intermediate_size': 352, 'moe_intermediate_size': 96, 'num_hidden_layers': 4,
-        'num_attention_heads': 4, 'num_key_value_heads': 4, 'n_routed_experts': 8, 'n_shared_experts': 1, 'num_experts_per_tok': 2},
+    'tiny': {'language_config': dict(
+        vocab_size=259, hidden_size=128, intermediate_size=352, moe_intermediate_size=96, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2),
         'vision_config': {'image_size': 256, 'width': {
             'sam_vit_b': {'width': 96, 'layers': 4, 'heads': 3, 'global_attn_indexes': [1, 3]},
             'clip-l-14-224': {'width': 128, 'layers': 4, 'heads': 4}}}},
 }
-VISION_TENSORS = ('model.sam_model.', 'model.vision_model.', 'model.projector.', 'model.image_newline', 'model.view_seperator')
+VISION = ('model.sam_model.', 'model.vision_model.', 'model.projector.', 'model.image_newline', 'model.view_seperator')
 # What this decoder takes for granted: a checkpoint whose config.json says otherwise would load, and be wrong.
-ASSUMED = {'use_mla': False, 'topk_method': 'greedy', 'norm_topk_prob': False, 'routed_scaling_factor': 1.0, 'hidden_act': 'silu',
-           'scoring_func': 'softmax', 'moe_layer_freq': 1, 'rope_scaling': None, 'attention_bias': False, 'mlp_bias': False}
+ASSUMED = {'use_mla': False, 'topk_method': 'greedy', 'norm_topk_prob': False, 'routed_scaling_factor': 1.0,
+           'hidden_act': 'silu', 'scoring_func': 'softmax', 'moe_layer_freq': 1, 'rope_scaling': None,
+           'attention_bias': False, 'mlp_bias': False}
 
-# tokenizer.json cuts text in three passes: digits, runs of Chinese or kana (K), then the rest. As one pattern, what a later
-# pass would take must stop where an earlier one has cut; and the last line takes what no pass matches (controls, joiners),
-# because tiktoken would drop it.
+# tokenizer.json cuts text in three passes: digits, runs of Chinese or kana (K), then the rest. As one pattern, what a
+# later pass would take must stop where an earlier one has cut; and the last alternative takes what no pass matches
+# (controls, joiners), because tiktoken would drop it.
 PATTERN = '|'.join([
-    r'\p{N}{1,3}', r'[K]+',
-    r'[!"#$%&\'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+', r'[^\r\n\p{L}\p{P}\p{S}]?[[\p{L}\p{M}]--[K]]+',
-    r' ?[[\p{P}\p{S}]--[K]]+[\r\n]*', r'\s*[\r\n]+', r'\s+(?![^\s\p{N}K])', r'\s+',
-    r'[^\s\p{L}\p{M}\p{N}\p{P}\p{S}K]+(?![[\p{L}\p{M}]--[K]])',
+    r'\p{N}{1,3}', r'[K]+', r'[!"#$%&\'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+',
+    r'[^\r\n\p{L}\p{P}\p{S}]?[[\p{L}\p{M}]--[K]]+', r' ?[[\p{P}\p{S}]--[K]]+[\r\n]*', r'\s*[\r\n]+',
+    r'\s+(?![^\s\p{N}K])', r'\s+', r'[^\s\p{L}\p{M}\p{N}\p{P}\p{S}K]+(?![[\p{L}\p{M}]--[K]])',
 ]).replace('K', r'\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff')
 
 
@@ -69,28 +68,29 @@ def read_json(path):
 def load_tokenizer(path):
     """tokenizer.json of DeepSeek-OCR (or another of the V3 family) as a tiktoken.Encoding with the same ids.
 
-    A merge's rank is the id that it makes, so the vocabulary alone defines the encoding. encode_ordinary takes a special
-    string in a text, like <image>, for plain text; Hugging Face's tokenizers would not. Raises SystemExit for another family.
+    A merge's rank is the id that it makes, so the vocabulary alone defines the encoding. encode_ordinary takes a
+    special string in a text, like <image>, for plain text; Hugging Face's would not. SystemExit for another family.
     """
     spec = read_json(path)
     try:
-        splits = [step['pattern']['Regex'] for step in spec['pre_tokenizer']['pretokenizers'] if step['type'] == 'Split']
+        steps = spec['pre_tokenizer']['pretokenizers']
+        splits = [step['pattern']['Regex'] for step in steps if step['type'] == 'Split']
         vocab, special = spec['model']['vocab'], {token['content']: token['id'] for token in spec['added_tokens']}
-        merged = [vocab[''.join(pair.split(' ') if isinstance(pair, str) else pair)] for pair in spec['model']['merges']]
+        merged = [vocab[''.join(pair).replace(' ', '')] for pair in spec['model']['merges']]    # 'a b' or ['a', 'b']
     except (KeyError, TypeError):
         splits = merged = []
     if len(splits) != 3 or splits[0] != r'\p{N}{1,3}' or merged != sorted(merged):
         raise SystemExit(f'{path}: not a tokenizer of the DeepSeek-V3 family')
     # Byte-level BPE spells bytes as printable characters: printable ones as themselves, the others from U+0100 on.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
+    others = sorted(set(range(256)) - set(printable))
     byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
     ranks = {bytes(byte[c] for c in token): i for token, i in vocab.items() if token not in special}
     return tiktoken.Encoding('deepseek', pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
 def tokenizer_of(source):
-    """The tokenizer of a checkpoint. Presets, and runs from one, have UTF-8 bytes: ids 3 to 258, behind bos, eos and pad."""
+    """The tokenizer of a checkpoint. Presets, and runs from one, have bytes: ids 3 to 258, behind bos, eos, pad."""
     if source not in PRESETS and read_json(fetch(source) / 'config.json').get('run', {}).get('tokenizer') != 'bytes':
         return load_tokenizer(fetch(source) / 'tokenizer.json')
     return tiktoken.Encoding('bytes', pat_str=r'(?s:.)', mergeable_ranks={bytes([b]): 3 + b for b in range(256)},
@@ -99,45 +99,47 @@ def tokenizer_of(source):
 
 def fetch(source):
     """The checkpoint's folder: `source` itself, or what the model hub has under that name."""
-    if Path(source).is_dir() or not re.fullmatch(r'\w[\w.-]*/[\w.-]+', source) or source.startswith('out/'):
+    if Path(source).is_dir() or not re.fullmatch(r'(?!out/)\w[\w.-]*/[\w.-]+', source):
         return Path(source)                    # whether it is there shows when config.json is read
     try:
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=['*.json', '*.safetensors', '*.py', '*.txt']))
+        patterns = ['*.json', '*.safetensors', '*.py', '*.txt']
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
     except Exception as e:                     # the hub's client raises whatever its transport does
         raise SystemExit(f'{source}: no such folder, and not to be had from the model hub ({type(e).__name__})')
 
 
 def sizes_from(config, shape=lambda name, default: default):
-    """config.json to a DecoderConfig with its VisionConfig. shape(tensor name, default) -> list, for what config.json is silent
-    or stale about: SAM's neck, CLIP's MLP. Raises SystemExit where the decoder is not ours."""
+    """config.json to a DecoderConfig with its VisionConfig. shape(tensor name, default) -> list, for what config.json
+    is silent or stale about: SAM's neck, CLIP's MLP. Raises SystemExit where the decoder is not ours."""
     language = config.get('language_config', config)
     for key, value in ASSUMED.items():
         if language.get(key, value) != value:
             raise SystemExit(f'config.json: {key} is {language[key]}; this decoder knows only {value}')
-    sizes = DecoderConfig(**{f.name: language[f.name] for f in fields(DecoderConfig) if language.get(f.name) is not None})
+    known = {f.name for f in fields(DecoderConfig)}
+    sizes = DecoderConfig(**{k: v for k, v in language.items() if k in known and v is not None})
     if 'vision_config' in config:
         sam, clip = (config['vision_config']['width'][name] for name in ('sam_vit_b', 'clip-l-14-224'))
+        neck = shape('model.sam_model.neck.0.weight', [clip['width'] // 4])[0]
+        mlp = shape('model.vision_model.transformer.layers.0.mlp.fc1.weight', [4 * clip['width']])[0]
         sizes.vision = VisionConfig(
-            config['vision_config']['image_size'], sam['width'], sam['layers'], sam['heads'], tuple(sam['global_attn_indexes']),
-            shape('model.sam_model.neck.0.weight', [clip['width'] // 4])[0], clip['width'], clip['layers'], clip['heads'],
-            shape('model.vision_model.transformer.layers.0.mlp.fc1.weight', [4 * clip['width']])[0])
+            config['vision_config']['image_size'], sam['width'], sam['layers'], sam['heads'],
+            tuple(sam['global_attn_indexes']), neck, clip['width'], clip['layers'], clip['heads'], mlp)
     return sizes
 
 
 def open_tensors(folder):
     """The tensors of a folder, those of its index if there is one: {name: the open safetensors file that holds it}."""
-    index, files = folder / 'model.safetensors.index.json', sorted(folder.glob('*.safetensors'))
+    index, files, tensors = folder / 'model.safetensors.index.json', folder.glob('*.safetensors'), {}
     if index.exists():
-        files = [folder / name for name in sorted(set(read_json(index)['weight_map'].values()))]
-    if not files:
-        raise SystemExit(f'{folder}: no *.safetensors, so no weights')
-    tensors = {}
-    for path in files:
+        files = {folder / name for name in read_json(index)['weight_map'].values()}
+    for path in sorted(files):
         try:
             file = safetensors.safe_open(path, 'pt')
         except (OSError, safetensors.SafetensorError) as e:
             raise SystemExit(f'{path}: missing, truncated or no safetensors file ({e})')
         tensors.update(dict.fromkeys(file.keys(), file))
+    if not tensors:
+        raise SystemExit(f'{folder}: no *.safetensors, so no weights')
     return tensors
 
 
@@ -149,7 +151,8 @@ def released_tensors(model, regime):
         if part == 'encoder':
             tensors[f'model.{rest}' if regime == 'vision' else f'{regime}.{rest}'] = p.detach()
         elif '.experts.' in rest:
-            tensors.update({f'model.{rest.replace("experts.", f"experts.{e}.")}.weight': p.detach()[e] for e in range(len(p))})
+            for e, expert in enumerate(p.detach()):
+                tensors[f'model.{rest.replace("experts.", f"experts.{e}.")}.weight'] = expert
         else:
             tensors[rest if rest.startswith('lm_head') else f'model.{rest}'] = p.detach()
     return tensors
@@ -158,21 +161,21 @@ def released_tensors(model, regime):
 def load(source, regime, context, objective='reconstruction', hybrid=0, device='cpu', dtype=torch.float32, **settings):
     """Build an Autoencoder from a preset's name, a folder or a hub id -> (model, tokenizer, config).
 
-    context: tokens a segment. settings: keywords of the encoder's class; None means its default. config: the checkpoint's
-    config.json with these choices under "run". Weights that the checkpoint has are read straight into place; an encoder that it
-    does not have starts from random ones. Strict: a tensor that is missing, unexpected or of another shape is a SystemExit that
-    names it; those of another registered encoder are left out.
+    context: tokens a segment. settings: keywords of the encoder's class; None means its default. config: config.json
+    with these choices under "run". Weights that the checkpoint has are read straight into place; an encoder that it
+    does not have starts from random ones. Strict: a tensor that is missing, unexpected or of another shape is a SystemExit
+    that names it; those of another registered encoder are left out.
     """
     folder = None if source in PRESETS else fetch(source)
-    config = PRESETS[source] if folder is None else read_json(folder / 'config.json')
-    files, run = {} if folder is None else open_tensors(folder), config.get('run', {})
+    config, files = (read_json(folder / 'config.json'), open_tensors(folder)) if folder else (PRESETS[source], {})
+    run, settings = config.get('run', {}), {k: v for k, v in settings.items() if v is not None}
     if regime not in ENCODERS:
         raise SystemExit(f'--regime {regime}: not one of {", ".join(ENCODERS)}')
     if not 0 <= hybrid <= context:
         raise SystemExit(f'--hybrid_text_tokens {hybrid}: not between 0 and the context length {context}')
     shape = lambda name, default=None: files[name].get_slice(name).get_shape() if name in files else default
+    sizes = sizes_from(config, shape)
     has_encoder = bool(files) and ('vision_config' in config if regime == 'vision' else run.get('regime') == regime)
-    sizes, settings = sizes_from(config, shape), {k: v for k, v in settings.items() if v is not None}
     with torch.device('meta' if files else device):
         decoder = Decoder(sizes).to(dtype)
     try:
@@ -181,31 +184,31 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
     except ValueError as e:
         raise SystemExit(f'--regime {regime}: {e}')
     tokenizer = tokenizer_of(source)
-    model = Autoencoder(encoder, decoder, objective, tokenizer.encode_ordinary(getattr(encoder, 'prompt', '')), hybrid)
-
-    if files:
-        wanted = {name: list(t.shape) for name, t in released_tensors(model, regime).items() if t.is_meta}
-        other = tuple(f'{name}.' for name in ENCODERS if name != regime) + (VISION_TENSORS if regime != 'vision' else ())
-        skipped = [name for name in files if name not in wanted and name.startswith(other)]
-        if skipped:
-            print(f'{source}: left out {len(skipped)} tensors of another encoder ({skipped[0]} ...)')
-        for name in sorted(wanted.keys() | files.keys() - set(skipped)):
-            if shape(name) != wanted.get(name):
-                raise SystemExit(f'{source}: tensor {name} is {shape(name, "missing")}, regime {regime} wants {wanted.get(name, "no such")}')
-        for part in [decoder] + [encoder] * has_encoder:
-            part.to_empty(device=device)
-        for name, tensor in released_tensors(model, regime).items():
-            if name in wanted:
-                tensor.copy_(files[name].get_tensor(name))
+    prompt = tokenizer.encode_ordinary(getattr(encoder, 'prompt', ''))
+    model = Autoencoder(encoder, decoder, objective, prompt, hybrid)
+    wanted = {name: list(t.shape) for name, t in released_tensors(model, regime).items() if t.is_meta}
+    other = tuple(f'{name}.' for name in ENCODERS if name != regime) + (VISION if regime != 'vision' else ())
+    skipped = [name for name in files if name not in wanted and name.startswith(other)]
+    if skipped:
+        print(f'{source}: left out {len(skipped)} tensors of another encoder ({skipped[0]} ...)')
+    for name in sorted(wanted.keys() | files.keys() - set(skipped)):
+        if (has := shape(name, 'missing')) != (wants := wanted.get(name, 'no such')):
+            raise SystemExit(f'{source}: tensor {name} is {has}, regime {regime} wants {wants}')
+    for part in [decoder] * bool(files) + [encoder] * has_encoder:
+        part.to_empty(device=device)
+    for name, tensor in released_tensors(model, regime).items():
+        if name in wanted:
+            tensor.copy_(files[name].get_tensor(name))
     known = settings_of(ENCODERS[regime])
-    run = {**run, 'regime': regime, 'context': context, 'objective': objective, 'hybrid': hybrid, 'tokenizer': tokenizer.name,
-           'settings': {k: getattr(encoder, k, settings.get(k, known[k].default)) for k in known},
+    settings = {k: getattr(encoder, k, settings.get(k, known[k].default)) for k in known}
+    run = {**run, 'regime': regime, 'context': context, 'objective': objective, 'hybrid': hybrid,
+           'tokenizer': tokenizer.name, 'settings': settings,
            'pretrained_encoder': has_encoder and run.get('pretrained_encoder', 'run' not in config)}
     return model, tokenizer, {**config, 'run': run}
 
 
 def write_aside(path, write):
-    """Have write(path) fill a temporary file, flush it to the disk, rename it: readers see the old file or the new, no half."""
+    """Have write(path) fill a temporary file, flush it to disk, rename it: readers see the old file or the new."""
     temporary = path.with_name(path.name + '.tmp')
     try:
         write(temporary)
@@ -214,24 +217,25 @@ def write_aside(path, write):
     except (OSError, RuntimeError, safetensors.SafetensorError) as e:         # a full disk, as each library puts it
         temporary.unlink(missing_ok=True)
         raise SystemExit(f'{path}: cannot be written ({e})')
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def save(model, config, folder, step=0, source=None):
     """Write a model, in the dtype that it has, and the config that load() gave with it, as a checkpoint folder.
 
-    The file of weights is named after the step, so that the index, which is written last, goes from one whole checkpoint to the
+    The file of weights is named after the step, so that the index, written last, goes from one whole checkpoint to the
     next in a single rename. What else stands in the folder `source` (tokenizer, modelling code) is copied along.
     """
-    folder, name = Path(folder), f'model-{step:08d}.safetensors'
+    folder, name, index_name = Path(folder), f'model-{step:08d}.safetensors', 'model.safetensors.index.json'
     tensors = {k: t.contiguous().cpu() for k, t in released_tensors(model, config['run']['regime']).items()}
-    index = {'metadata': {'total_size': sum(t.nbytes for t in tensors.values()), 'step': step}, 'weight_map': dict.fromkeys(tensors, name)}
+    index = {'metadata': {'total_size': sum(t.nbytes for t in tensors.values()), 'step': step},
+             'weight_map': dict.fromkeys(tensors, name)}
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted(Path(source).glob('*')) if source else []:
-        if file.suffix in ('.json', '.py', '.txt') and file.name not in ('config.json', 'model.safetensors.index.json'):
+        if file.suffix in ('.json', '.py', '.txt') and file.name not in ('config.json', index_name):
             shutil.copyfile(file, folder / file.name)
     write_aside(folder / name, lambda path: safetensors.torch.save_file(tensors, path, {'format': 'pt'}))
-    for file, content in (('config.json', config), ('model.safetensors.index.json', index)):
+    for file, content in (('config.json', config), (index_name, index)):
         write_aside(folder / file, lambda path: path.write_text(json.dumps(content, indent=1), encoding='utf-8'))
 
 
@@ -240,7 +244,8 @@ def load_run(folder, device='cpu', dtype=torch.float32):
     run = read_json(fetch(folder) / 'config.json').get('run')
     if run is None:
         raise SystemExit(f'{folder}: a checkpoint, but not a run of train.py')
-    return load(folder, run['regime'], run['context'], run['objective'], run['hybrid'], device, dtype, **run['settings'])
+    choices = {key: run[key] for key in ('regime', 'context', 'objective', 'hybrid')}
+    return load(folder, device=device, dtype=dtype, **choices, **run['settings'])
 
 
 def main(argv=None):

@@ -172,36 +172,25 @@ def training_flops(model, batch, device):
     return 3 * (counter.get_total_flops() + model.decoder.forward_flops(positions + targets, targets))
 
 
-def make_optimizer(args, model, encoder_lr):
-    """AdamW or Adafactor over two groups, which keep their peak learning rate beside the present one."""
-    groups = [{'params': [p for p in part.parameters() if p.requires_grad], 'peak': rate}
-              for part, rate in ((model.encoder, encoder_lr), (model.decoder, args.learning_rate))]
-    groups = [group for group in groups if group['params']]
-    if args.optimizer == 'adafactor':
-        return torch.optim.Adafactor(groups, weight_decay=args.weight_decay)
-    return torch.optim.AdamW(groups, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
+def open_log(args, start):
+    """A function log(step, **values) to the screen, to log.jsonl behind its lines up to `start`, and to Weights & Biases if wanted."""
+    path, wandb = Path(args.output_dir, 'log.jsonl'), None
+    lines = path.read_text(encoding='utf-8').splitlines(keepends=True) if start else []
+    path.write_text(''.join(line for line in lines if json.loads(line)['step'] <= start), encoding='utf-8')
+    if args.wandb:
+        try:
+            import wandb
+        except ImportError:
+            raise SystemExit('--wandb: pip install wandb')
+        wandb.init(project=args.wandb, name=Path(args.output_dir).name, config=vars(args))
 
-
-class Log:
-    """Lines on the screen, in log.jsonl and, if wanted, in Weights & Biases; a resumed run's begins with the lines up to `start`."""
-
-    def __init__(self, args, start):
-        self.path, self.steps, self.wandb = Path(args.output_dir, 'log.jsonl'), args.steps, None
-        lines = self.path.read_text(encoding='utf-8').splitlines() if start else []
-        self.path.write_text(''.join(line + '\n' for line in lines if json.loads(line)['step'] <= start), encoding='utf-8')
-        if args.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise SystemExit('--wandb: pip install wandb')
-            self.wandb = wandb.init(project=args.wandb, name=Path(args.output_dir).name, config=vars(args))
-
-    def __call__(self, step, **values):
-        print(f'step {step:5d}/{self.steps}  ' + '  '.join(f'{k} {v:,.4g}' for k, v in values.items()), flush=True)
-        with open(self.path, 'a', encoding='utf-8') as f:
+    def log(step, **values):
+        print(f'step {step:5d}/{args.steps}  ' + '  '.join(f'{k} {v:,.4g}' for k, v in values.items()), flush=True)
+        with open(path, 'a', encoding='utf-8') as f:
             f.write(json.dumps({'step': step, **values}) + '\n')
-        if self.wandb:
-            self.wandb.log(values, step=step)
+        if wandb:
+            wandb.log(values, step=step)
+    return log
 
 
 def main(argv=None):
@@ -245,11 +234,15 @@ def main(argv=None):
     args.steps = args.steps or -(-len(train) // G)
     if args.encoder_lr is None:
         args.encoder_lr = 1e-5 if config['run']['pretrained_encoder'] and args.regime == 'vision' else args.learning_rate
-    optimizer = make_optimizer(args, model, args.encoder_lr)
+    groups = [{'params': [p for p in part.parameters() if p.requires_grad], 'peak': rate}
+              for part, rate in ((model.encoder, args.encoder_lr), (model.decoder, args.learning_rate))]
+    groups = [group for group in groups if group['params']]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True) \
+        if args.optimizer == 'adamw' else torch.optim.Adafactor(groups, weight_decay=args.weight_decay)
     start = restore(out, optimizer) if args.resume else 0
     config['run'].update(data=args.data, args={k: v for k, v in vars(args).items() if k != 'resume'})
     out.mkdir(parents=True, exist_ok=True)
-    log = Log(args, start) if rank == 0 else lambda *_, **__: None
+    log = open_log(args, start) if rank == 0 else lambda *_, **__: None
     step_flops = args.batch_size * G * training_flops(model, train[0], device)
     count = lambda part: sum(p.numel() for p in part.parameters())
     print(f'{out}: {args.regime} {config["run"]["settings"]}, {args.objective}; encoder {count(model.encoder):,} and decoder '

@@ -58,14 +58,14 @@ def test_finewiki_reads_only_the_shards_it_needs(tmp_path, monkeypatch):
     import pyarrow.parquet
     fetched = []
 
-    def download(repo, name, repo_type):
-        fetched.append(name)
-        path = tmp_path / name.replace('/', '_')
+    def download(repo_id, filename, repo_type):
+        fetched.append(filename)
+        path = tmp_path / filename.replace('/', '_')
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{'text': TEXT * 2500, 'title': 't'}] * 20), path)
         return path
 
     names = [f'data/enwiki/{i:03}.parquet' for i in range(3)] + ['data/dewiki/000.parquet', 'README.md']
-    monkeypatch.setattr(data.huggingface_hub.HfApi, 'list_repo_files', lambda self, repo, repo_type: names)
+    monkeypatch.setattr(data.huggingface_hub.HfApi, 'list_repo_files', lambda self, repo_id, repo_type: names)
     monkeypatch.setattr(data.huggingface_hub, 'hf_hub_download', download)
     prepare('finewiki', tmp_path / 'out', TOKENIZER, 100, 100, 300, 30)
     meta, train, val = segments(tmp_path / 'out')
@@ -121,8 +121,9 @@ def test_text_that_is_hard_to_read(tmp_path):
 
 def test_pieces_join_to_the_text():
     for text in ('', 'a', 'a\n' * 300_000, 'b' * 250_001, TEXT * 5000):
-        parts = list(data.pieces(text))
-        assert ''.join(parts) == text and all(0 < len(part) <= data.PIECE for part in parts)
+        parts = data.PIECE.findall(text)
+        assert all(part.endswith('\n') for part in parts[:-1]) == ('\n' in text or len(parts) < 2)
+        assert ''.join(parts) == text and all(0 < len(part) <= 100_000 for part in parts)
 
 
 def test_killed_at_any_moment_nothing_wrong_is_left(tmp_path):

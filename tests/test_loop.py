@@ -12,7 +12,7 @@ import train
 from conftest import ROOT
 from data import prepare
 from decoder import Decoder, DecoderConfig, Autoencoder, KVCache
-from encoders import ENCODERS
+from encoders import ENCODERS, VisionConfig
 from load_deepseek import load, load_run, tokenizer_of
 
 FLAGS = ['--regime', 'conv1d_residual', '--batch_size', '4', '--gradient_accumulation_steps', '2', '--log_steps', '1', '--eval_segments', '24',
@@ -79,7 +79,12 @@ def test_two_processes_train_as_one(corpus, tmp_path):
 def test_one_graph(regime):
     """torch.compile sees the whole model in bf16 without a break."""
     torch._dynamo.reset()
-    model, _, _ = load('tiny', regime, 32, hybrid=3, **({'vision_mode': '64'} if regime == 'vision' else {}))
+    config = DecoderConfig(vocab_size=300, hidden_size=64, intermediate_size=64, moe_intermediate_size=64, num_hidden_layers=2,
+                           num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, vision=VisionConfig(
+                               256, sam_width=32, sam_layers=2, sam_heads=2, sam_global=(1,), sam_neck=16, clip_width=64, clip_layers=1,
+                               clip_heads=2, clip_mlp=64))
+    settings = {'vision_mode': '64'} if regime == 'vision' else {}
+    model = Autoencoder(ENCODERS[regime](config, 32, **settings), Decoder(config), hybrid=3)
     ids = torch.randint(3, 259, (2, 32))
     batch = {'context': ids, 'continuation': ids}
     if regime == 'vision':
