@@ -133,7 +133,7 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
         print(f'{folder}: left by a preparation that was cut short; starting again')
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    bar = tqdm(encode_all(tokenizer, documents(source, field, counts)), desc=str(source), unit=' documents', smoothing=0)
+    bar = tqdm(encode_all(tokenizer, documents(source, field, counts)), desc=str(source), unit=' documents')
     with open(folder / 'train.bin', 'wb') as train, open(folder / 'val.bin', 'wb') as val:
         for text, ids in bar:
             # A document goes to validation whenever that has less than its share.
@@ -144,7 +144,7 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
             counts.update({side: n, 'documents': 1, 'characters': len(text), 'documents too short': len(ids) < length,
                            'tokens left over': len(ids) - n * length})
             seconds = bar.format_dict['elapsed'] + 1e-9
-            left = (sum(limit.values()) / (counts['train'] + counts['val'] + 1e-9) - 1) * seconds           # inf without limits
+            left = (sum(limit.values()) / (counts['train'] + counts['val'] + 1e-9) - 1) * seconds   # inf without limits
             bar.set_postfix(segments=counts['train'] + counts['val'], MB_per_s=counts['characters'] / 1e6 / seconds,
                             seconds_left=left, refresh=False)
             if counts['train'] >= limit['train'] and counts['val'] >= limit['val']:
@@ -218,7 +218,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description='Tokenise documents to segments on disk.')
     parser.add_argument('source', help='finewiki, pydoc, stdlib, or a file or folder')
     parser.add_argument('--out', required=True, help='folder to make')
-    parser.add_argument('--model', default='tiny', help='whose tokenizer: tiny, full, a hub id or folder (default tiny)')
+    parser.add_argument('--model', default='tiny', help='whose tokenizer: a hub id or folder; tiny: bytes (default)')
     parser.add_argument('--context', type=int, default=1000, help='context tokens a segment (default 1000)')
     parser.add_argument('--continuation', type=int, default=1000, help='continuation tokens a segment (default 1000)')
     parser.add_argument('--train_segments', type=int, help='at most this many (default: all; the paper: 500000)')

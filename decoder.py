@@ -7,8 +7,8 @@ The decoder: memory and text to next-token probabilities. DeepSeek-OCR's languag
     x = x + attention(norm(x))          12 layers; the first has a dense MLP, the others a mixture of experts:
     x = x + mlp(norm(x))                shared(x) + sum over the 6 likeliest of 64 experts of p_e(x) * expert_e(x)
 
-Shapes: B batch, T positions, D width, H heads, d head width, V vocabulary, E experts, k experts a token, M memory vectors.
-Follows modeling_deepseekv2.py of deepseek-ai/DeepSeek-OCR as its config.json sets it (plain multi-head attention, no MLA).
+Shapes: B batch, T positions, D width, H heads, d head width, V vocabulary, E experts, k experts a token, M memory
+vectors. Follows modeling_deepseekv2.py of deepseek-ai/DeepSeek-OCR as its config.json sets it: plain attention, no MLA.
 """
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-OBJECTIVES = {'reconstruction': 'context', 'lm': 'continuation'}     # an objective is the choice of a target and nothing else
+OBJECTIVES = {'reconstruction': 'context', 'lm': 'continuation'}     # an objective is a choice of target, nothing else
 
 
 @dataclass
@@ -44,7 +44,7 @@ class DecoderConfig:
 
 
 class KVCache:
-    """Keys and values of the positions seen so far: per layer two buffers (B, H, max_length, d), filled up to `length`."""
+    """Keys and values of all positions so far: per layer two buffers (B, H, max_length, d), filled up to `length`."""
 
     def __init__(self, max_length):
         self.max_length, self.length, self.buffers = max_length, 0, {}
@@ -70,15 +70,8 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x)
 
 
-def rope(positions, dim, theta, dtype):
-    """Cosine and sine (T, d/2) of each position's angles, in fp32 and then cast (Su et al. 2021)."""
-    frequency = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
-    angle = positions.float()[:, None] * frequency
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
 def rotate(x, cos, sin):
-    """Turn channel i together with channel i + d/2 (Llama's half-split pairs, not interleaved ones). x: (B, H, T, d)."""
+    """Turn channels i and i + d/2 of x (B, H, T, d): Llama's half-split pairs, not the interleaved ones of Su et al."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -93,7 +86,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(D, D, bias=False)
 
     def forward(self, x, cos, sin, cache):
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)                 # (B, H, T, d)
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)               # (B, H, T, d)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
@@ -117,10 +110,10 @@ class MLP(nn.Module):
 
 
 def grouped_linear(x, weight, ends):
-    """Each row times its expert's matrix: x (rows, in) sorted by expert, weight (E, out, in), ends (E,) int32 -> (rows, out).
+    """Rows times their experts' matrices: x (rows, in) sorted by expert, weight (E, out, in) -> (rows, out).
 
-    `ends[e]` is where the rows of expert e end. One kernel does all experts without telling the host how many rows each has;
-    it takes bf16 (on the CPU fp32 too) and rows of a multiple of 16 bytes. Anything else goes through the same sum as a loop.
+    The rows of expert e end at `ends[e]`, (E,) int32. One kernel does all experts without telling the host how many
+    rows each has; it takes bf16 (on the CPU fp32 too) and rows of whole 16 bytes. Anything else goes through a loop.
     """
     dtypes = {'cuda': [torch.bfloat16], 'cpu': [torch.bfloat16, torch.float32]}.get(x.device.type, [])
     if x.dtype in dtypes and all(width * x.element_size() % 16 == 0 for width in weight.shape[1:]):
@@ -130,7 +123,7 @@ def grouped_linear(x, weight, ends):
 
 
 class MoE(nn.Module):
-    """shared(x) + sum over the top k of p_e * expert_e(x), with p = softmax(router(x)) in fp32 and not renormalised over the k.
+    """shared(x) + sum over the top k of p_e * expert_e(x); p = softmax(router(x)) in fp32, not renormalised over the k.
 
     The balance loss of a sequence is alpha * sum_e (share of choices that went to e, times E) * (mean of p_e).
     """
@@ -154,8 +147,9 @@ class MoE(nn.Module):
         (B, T, D), k = x.shape, self.top_k
         probs, top_p, top_e = self.route(x)
         E = probs.shape[-1]
-        # How many choices of a sequence fell on each expert; without a gradient, which flows through the probabilities only.
-        count = torch.zeros(B, E, device=x.device).scatter_add(1, top_e.flatten(1), torch.ones(B, T * k, device=x.device))
+        # The choices of a sequence that fell on each expert; no gradient here, it flows through the probabilities only.
+        ones = torch.ones(B, T * k, device=x.device)
+        count = torch.zeros(B, E, device=x.device).scatter_add(1, top_e.flatten(1), ones)
         balance_loss = self.alpha * (count * (E / (T * k)) * probs.mean(dim=1)).sum(dim=1).mean()
 
         # Autocast does not reach the grouped kernel, so cast here.
@@ -163,7 +157,7 @@ class MoE(nn.Module):
         gate, up, down = (self.experts[name].to(dtype) for name in ('gate_proj', 'up_proj', 'down_proj'))
         order = top_e.flatten().argsort(stable=True)                          # the B*T*k choices, sorted by expert
         ends = count.sum(dim=0).cumsum(dim=0).to(torch.int32)
-        rows = x.to(dtype).flatten(0, 1).index_select(0, order // k)          # (B*T*k, D): each chosen expert's copy of its token
+        rows = x.to(dtype).flatten(0, 1).index_select(0, order // k)          # (B*T*k, D): a token once for each choice
         rows = F.silu(grouped_linear(rows, gate, ends)) * grouped_linear(rows, up, ends)
         rows = grouped_linear(rows, down, ends).index_select(0, order.argsort()).view(B, T, k, D)
         y = (rows * top_p[..., None]).sum(dim=2)                              # in fp32, because the probabilities are
@@ -187,28 +181,30 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings (B, T, D) to hidden states (B, T, D), and the two ends of that: embed_tokens before and lm_head after."""
+    """Embeddings (B, T, D) to hidden states (B, T, D); and the two ends of that, embed_tokens before, lm_head after."""
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.grad_checkpoint = config, False                     # True: compute a block's activations twice, keep none
+        self.config, self.grad_checkpoint = config, False         # True: compute a block's activations twice, keep none
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for p in self.parameters():
             if p.dim() > 1:
-                nn.init.normal_(p, std=0.02 * (1280 / config.hidden_size) ** 0.5)             # 0.02 at DeepSeek-OCR's width
+                nn.init.normal_(p, std=0.02 * (1280 / config.hidden_size) ** 0.5)         # 0.02 at DeepSeek-OCR's width
 
     def forward(self, x, cache=None):
         """x (B, T, D) -> hidden states after the last norm (B, T, D), and the sum of the layers' balance losses.
 
-        With a cache, x holds the positions that follow those in it: any number when it is empty, one at a time after that.
+        With a cache, x holds the positions that follow those in it: any number when it is empty, then one at a time.
         """
         start, balance_loss = cache.length if cache else 0, 0.0
         assert start == 0 or x.shape[1] == 1, f'{x.shape[1]} positions at once, after {start} in the cache'
-        positions = torch.arange(start, start + x.shape[1], device=x.device)
-        cos, sin = rope(positions, self.layers[0].self_attn.head_dim, self.config.rope_theta, x.dtype)
+        d = self.layers[0].self_attn.head_dim
+        frequency = self.config.rope_theta ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)
+        angle = torch.arange(start, start + x.shape[1], device=x.device)[:, None] * frequency               # (T, d / 2)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)           # cast only now: positions need fp32
         for layer in self.layers:
             run = partial(checkpoint, layer, use_reentrant=False) if self.grad_checkpoint and self.training else layer
             x, layer_loss = run(x, cos, sin, cache)
@@ -218,11 +214,11 @@ class Decoder(nn.Module):
         return self.norm(x), balance_loss
 
     def forward_flops(self, positions, targets):
-        """FLOPs of a forward pass over one sequence: 2 per weight and position that uses it (logits at the targets only), and
-        causal attention, where a position sees half of the others."""
+        """FLOPs of a forward pass over a sequence: 2 per weight and position that uses it (logits at the targets only),
+        and causal attention, in which a position sees half of the others."""
         c, D = self.config, self.config.hidden_size
         attention = sum(p.numel() for p in self.layers[0].self_attn.parameters()) + D * positions
-        experts = 3 * D * c.moe_intermediate_size * (c.num_experts_per_tok + c.n_shared_experts) + D * c.n_routed_experts
+        experts = D * (3 * c.moe_intermediate_size * (c.num_experts_per_tok + c.n_shared_experts) + c.n_routed_experts)
         mlps = sum(experts if isinstance(layer.mlp, MoE) else 3 * D * c.intermediate_size for layer in self.layers)
         return 2 * (positions * (len(self.layers) * attention + mlps) + targets * D * c.vocab_size)
 
@@ -231,10 +227,10 @@ class Decoder(nn.Module):
         return self.lm_head(hidden).float()
 
     def token_losses(self, hidden, target, rows=None):
-        """hidden (B, T, D), target ids (B, T) -> cross-entropy in nats and whether the likeliest token is right: (B, T) each.
+        """hidden (B, T, D), target ids (B, T) -> cross-entropy in nats, whether the likeliest token is right (B, T).
 
-        `rows` at a time, by default as many as have 2^27 logits (half a GB); of several such chunks, the backward pass computes
-        the logits again, so that only one chunk of them ever exists.
+        `rows` at a time, by default as many as have 2^27 logits (half a GB). If that makes several chunks, the backward
+        pass computes their logits again, so that only one chunk of them ever exists.
         """
         def losses(h, t):
             logits = self.logits(h)
@@ -251,9 +247,8 @@ class Decoder(nn.Module):
 class Autoencoder(nn.Module):
     """An encoder in front of a decoder; the one place that knows the layout of the sequence.
 
-    encoder: called as encoder(batch, embed) -> memory (B, M, D).    prompt: token ids after the memory.
-    objective: a key of OBJECTIVES, which names the batch entry that is the target.
-    hybrid: how many of the context's last tokens follow as plain tokens (they are inside the memory too, and carry no loss).
+    encoder(batch, embed) -> memory (B, M, D). prompt: ids of the tokens after it. objective: a key of OBJECTIVES.
+    hybrid: how many of the context's last tokens follow as plain ones; they are in the memory too, and carry no loss.
     """
 
     def __init__(self, encoder, decoder, objective='reconstruction', prompt=(), hybrid=0):
@@ -264,13 +259,14 @@ class Autoencoder(nn.Module):
     def prefix(self, batch):
         """All that stands before the target, as embeddings: [BOS] memory [prompt] [hybrid] -> (B, P, D)."""
         embed, context = self.decoder.embed_tokens, batch['context']
-        row = lambda ids: embed(torch.tensor([ids], dtype=torch.long, device=context.device)).expand(len(context), -1, -1)
+        column = lambda token: embed(context.new_full((len(context), 1), token))         # (B, 1, D), made on the device
         hybrid = embed(context[:, context.shape[1] - self.hybrid:])
         memory = self.encoder(batch, embed).to(hybrid.dtype)
-        return torch.cat([row([self.decoder.config.bos_token_id]), memory, row(self.prompt), hybrid], dim=1)
+        prompt = [column(token) for token in self.prompt]
+        return torch.cat([column(self.decoder.config.bos_token_id), memory, *prompt, hybrid], dim=1)
 
     def forward(self, batch):
-        """batch['context'] (B, T) and what else the encoder reads -> losses and hits of the target (B, T), and the balance loss."""
+        """batch['context'] (B, T) and what else the encoder reads -> losses and hits (B, T), balance loss."""
         target = batch[OBJECTIVES[self.objective]]
         hidden, balance_loss = self.decoder(torch.cat([self.prefix(batch), self.decoder.embed_tokens(target)], dim=1))
         predicting = hidden[:, -target.shape[1] - 1:-1]                       # position i predicts token i + 1
@@ -278,7 +274,7 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def generate(self, batch, max_new_tokens, temperature=0.0):
-        """Continue each row's prefix: token ids (B, <= max_new_tokens), the likeliest ones at temperature 0, else sampled.
+        """Continue each row's prefix: token ids (B, <= max_new_tokens), the likeliest at temperature 0, else sampled.
 
         A row that has come to EOS repeats it, and generation ends when all rows have.
         """
@@ -286,8 +282,8 @@ class Autoencoder(nn.Module):
         cache, done = KVCache(x.shape[1] + max_new_tokens), torch.zeros(len(x), dtype=torch.bool, device=x.device)
         while len(tokens) < max_new_tokens and not done.all():
             logits = self.decoder.logits(self.decoder(x, cache)[0][:, -1])    # (B, V)
-            token = logits.argmax(-1) if temperature == 0 else torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
-            tokens.append(token.masked_fill(done, eos))
+            sample = lambda: torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
+            tokens.append((sample() if temperature else logits.argmax(-1)).masked_fill(done, eos))
             done = done | (tokens[-1] == eos)
             x = self.decoder.embed_tokens(tokens[-1][:, None])
         return torch.stack(tokens, dim=1)

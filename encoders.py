@@ -145,7 +145,7 @@ class SAMAttention(nn.Module):
     """softmax(q k / sqrt(d) + q R_h + q R_w) v, with R_h and R_w the vectors of the vertical and horizontal offsets.
 
     The bias is itself a dot product: q R_h depends on the key through its row only, so (q R_h of every row) dotted with
-    the key's row as a one-hot vector gives it. Appended to q and k, it needs no (HW x HW) matrix and any kernel will do.
+    the key's row as a one-hot vector gives it. Appended to q and k, it needs no (HW x HW) matrix; any kernel will do.
     """
 
     def __init__(self, dim, n_head, size):

@@ -1,11 +1,11 @@
 """
 Runs to evidence: a table, and text you can read.
 
-    python eval.py out/meanpool out/conv1d_residual          one row a run, then a validation passage beside what each makes of it
+    python eval.py out/meanpool out/conv1d_residual       a row a run, then a passage beside what each run makes of it
 
-PPL is exp of the mean cross-entropy over all target tokens of the validation segments; accuracy the share of them that is the
-likeliest token. Both are teacher-forced: every token is predicted from the true ones before it. The passage is not: it is
-generated greedily from the memory alone.
+PPL is exp of the mean cross-entropy over all target tokens of the validation segments, accuracy the share of them that
+is the likeliest token; both with every token predicted from the true ones before it. The passage is not: it is
+generated greedily from the memory alone. Positions are all before the target; ratio is context tokens over those.
 """
 import argparse
 import math
@@ -20,7 +20,7 @@ from load_deepseek import load_run
 
 
 def pick_device(name, index=0):
-    """'auto' is CUDA where there is one, else the CPU; mps is used when asked for. index: which card. Raises SystemExit."""
+    """'auto' is CUDA where there is one, else the CPU; mps when asked for. index: which card. Raises SystemExit."""
     name = ('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name
     try:
         return torch.empty(0, device=f'{name}:{index}' if name == 'cuda' else name).device
@@ -39,8 +39,8 @@ def to_device(batch, device):
 
 @torch.no_grad()
 def evaluate(model, batches, device, workers=0, rank=0, world=1, progress=False):
-    """Loss over a Batches, shared among `world` processes -> {'loss': nats a target token, 'ppl': its exp, 'accuracy': share of hits}."""
-    sums, training = torch.zeros(3, dtype=torch.float64), model.training                    # loss, hits, tokens
+    """Loss over a Batches, shared among `world` processes -> {'loss': nats a target token, 'ppl', 'accuracy'}."""
+    sums, training = torch.zeros(3, dtype=torch.float64), model.training               # loss, hits, tokens
     model.eval()
     loader = DataLoader(batches, batch_size=None, sampler=range(rank, len(batches), world), num_workers=workers)
     for batch in tqdm(loader, disable=not progress, leave=False):
@@ -67,12 +67,13 @@ def passage(model, batch, tokenizer, device):
 
 
 def show(original, generated, objective):
-    """Print the two under each other, the second under its name."""
-    print(f'\n--- original\n{original}\n--- {"reconstruction" if objective == "reconstruction" else "continuation"}\n{generated}\n---')
+    """Print the two under each other."""
+    made = 'reconstruction' if objective == 'reconstruction' else 'continuation'
+    print(f'\n--- original\n{original}\n--- {made}\n{generated}\n---')
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description='Evaluate runs: a table, and a passage that each reconstructs or continues.')
+    parser = argparse.ArgumentParser(description='Evaluate runs: a table, and a passage that each makes anew.')
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a run')
     parser.add_argument('--data', help='another prepared corpus (default: the one that the run was trained on)')
     parser.add_argument('--batch_size', type=int, default=16, help='segments at once (default 16)')
@@ -84,14 +85,16 @@ def main(argv=None):
     print('| run | objective | setting | positions | ratio | PPL | accuracy | encoder parameters |\n|' + '---|' * 8)
     for folder in args.runs:
         model, tokenizer, config = load_run(folder, device)
-        run = config['run']
-        batches = Batches(args.data or run['data'], 'val', args.batch_size, tokenizer, getattr(model.encoder, "image_size", None), limit=args.segments)
+        run, image_size = config['run'], getattr(model.encoder, 'image_size', None)
+        batches = Batches(args.data or run['data'], 'val', args.batch_size, tokenizer, image_size, limit=args.segments)
         result = evaluate(model, batches, device, args.workers, progress=True)
         with torch.no_grad():
             positions = model.prefix(to_device({k: x[:1] for k, x in batches[0].items()}, device)).shape[1]
-        setting = ', '.join(f'{k} {v}' for k, v in run['settings'].items() if v != '') + f', hybrid {run["hybrid"]}' * (run['hybrid'] > 0)
-        print(f'| {folder} | {run["objective"]} | {setting} | {positions} | {batches.meta["context"] / positions:.2f} | '
-              f'{result["ppl"]:.3f} | {result["accuracy"]:.3f} | {sum(p.numel() for p in model.encoder.parameters()):,} |', flush=True)
+        labels = {**run['settings'], **({'hybrid': run['hybrid']} if run['hybrid'] else {})}
+        setting = ', '.join(f'{name} {value}' for name, value in labels.items() if value != '')
+        parameters = sum(p.numel() for p in model.encoder.parameters())
+        print(f'| {folder} | {run["objective"]} | {setting} | {positions} | {run["context"] / positions:.2f} | '
+              f'{result["ppl"]:.3f} | {result["accuracy"]:.3f} | {parameters:,} |', flush=True)
         passages.append((folder, *passage(model, batches[0], tokenizer, device), run['objective']))
     for folder, original, generated, objective in passages:
         print(f'\n{folder}', end='')

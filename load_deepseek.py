@@ -163,8 +163,8 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
 
     context: tokens a segment. settings: keywords of the encoder's class; None means its default. config: config.json
     with these choices under "run". Weights that the checkpoint has are read straight into place; an encoder that it
-    does not have starts from random ones. Strict: a tensor that is missing, unexpected or of another shape is a SystemExit
-    that names it; those of another registered encoder are left out.
+    does not have starts from random ones. Strict: a missing, unexpected or misshapen tensor is a SystemExit that names
+    it; those of another registered encoder are left out.
     """
     folder = None if source in PRESETS else fetch(source)
     config, files = (read_json(folder / 'config.json'), open_tensors(folder)) if folder else (PRESETS[source], {})

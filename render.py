@@ -59,9 +59,10 @@ def wrap(words, font, size, width):
     return lines
 
 
-def render_page(text, size, font='DejaVuSans.ttf', font_size=None, line_spacing=1.2, margin=0.05, ink='black', paper='white'):
-    """Draw text on a page of size x size pixels -> RGB image, type size, lines drawn, and the text that did not fit, or ''.
-    The type size is font_size, else the largest of 4 to 30 at which all fits, or 4. Raises SystemExit without the font."""
+def render_page(text, size, font='DejaVuSans.ttf', font_size=None, line_spacing=1.2, margin=0.05, ink='black',
+                paper='white'):
+    """Draw text on a page of size x size pixels -> RGB image, type size, lines drawn, the text that did not fit or ''.
+    The type size is font_size, else the largest of 4 to 30 at which all fits, or 4. Raises SystemExit for a font."""
     words, edge = text.split(), int(margin * size)
     room = size - 2 * edge
     low, high = font_size or 4, font_size or 30
@@ -97,7 +98,7 @@ def main(argv=None):
         page.save(args.out)
     except (OSError, ValueError) as e:
         raise SystemExit(f'{args.file} to {args.out}: {e}')
-    print(f'{args.out}: {args.size} x {args.size} pixels, type size {font_size}, {lines} lines, {len(lost)} characters lost')
+    print(f'{args.out}: {args.size} pixels a side, type size {font_size}, {lines} lines, {len(lost)} characters lost')
 
 
 if __name__ == '__main__':
