@@ -11,6 +11,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageFont
 
 
@@ -26,17 +27,32 @@ def load_font(name, size):
         raise SystemExit(f'{name}: no such font file; pip install matplotlib brings DejaVuSans.ttf')
 
 
+@lru_cache(maxsize=100_000)
+def kerning(font, size, pair):
+    """How much further apart two letters stand than each by itself, in pixels."""
+    face = load_font(font, size)
+    return face.getlength(pair) - face.getlength(pair[0]) - face.getlength(pair[1])
+
+
 @lru_cache(maxsize=200_000)
 def measure(font, size, word):
     """Of a word set at x = 0, in pixels: where the next character would go, and where its ink begins and ends."""
-    return load_font(font, size).getlength(word), *load_font(font, size).getbbox(word)[::2]
+    if len(word) == 1:
+        left, _, right, _ = load_font(font, size).getbbox(word)
+        return load_font(font, size).getlength(word), left, right
+    x, begin, end = measure(font, size, word[0])                              # letter by letter: asking Pillow is slow
+    for before, letter in zip(word, word[1:]):
+        x += kerning(font, size, before + letter)
+        advance, left, right = measure(font, size, letter)
+        x, begin, end = x + advance, min(begin, x + left), max(end, x + right)
+    return x, begin, end
 
 
 @lru_cache(maxsize=100_000)
 def rasterize(font, size, word):
-    """How far a word covers each pixel, as a grey image, and that image's offset (x, y) from where the word is set."""
+    """The coverage of a word's pixels, 0 to 255 (h, w), and that array's offset (x, y) from where the word is set."""
     mask, offset = load_font(font, size).getmask2(word, mode='L')
-    return Image.frombytes('L', mask.size, bytes(mask)), *offset
+    return np.frombuffer(bytes(mask), np.uint8).reshape(mask.size[::-1]), *offset
 
 
 def wrap(words, font, size, width):
@@ -68,22 +84,30 @@ def render_page(text, size, font='DejaVuSans.ttf', font_size=None, line_spacing=
     low, high = font_size or 4, font_size or 30
     while low < high:
         middle = (low + high + 1) // 2
-        fits = len(wrap(words, font, middle, room)) * int(line_spacing * middle) <= room
+        advance = sum(min(measure(font, middle, word)[0], room) for word in words)            # more than full lines hold?
+        fits = advance <= (room + middle) * (room // int(line_spacing * middle)) and \
+            len(wrap(words, font, middle, room)) * int(line_spacing * middle) <= room
         low, high = (middle, high) if fits else (low, middle - 1)
     lines, step = wrap(words, font, low, room), int(line_spacing * low)
     drawn = min(len(lines), room // step)
 
     fraction = lambda x: abs(x - round(x))
-    coverage = Image.new('L', (size, size))
+    coverage = np.zeros((size + 2 * step, 2 * size), np.uint8)                # with room for what runs off the page
     for row, line in enumerate(lines[:drawn]):
         # Pillow's kerning moves letters by 1/64 pixel each, which can add up to one: draw such a line whole.
         if any(fraction(x) + fraction(measure(font, low, word)[0]) >= 0.5 for x, word in line):
             line = [(0, ' '.join(word for _, word in line))]
         for x, word in line:
-            mask, dx, dy = rasterize(font, low, word)
-            coverage.paste(255, (edge + round(x) + dx, edge + row * step + dy), mask)     # on ink: a + b - a b / 255
+            pixels, dx, dy = rasterize(font, low, word)
+            top, start = edge + row * step + dy, max(edge + round(x) + dx, 0)
+            area = coverage[top:top + pixels.shape[0], start:start + pixels.shape[1]]
+            pixels = pixels[:area.shape[0], :area.shape[1]]
+            if area.any():                                                    # a mark on a neighbour: a + b - a b / 255,
+                over = pixels * (255 - area).astype(np.int32) + 128           # rounded as Pillow rounds
+                pixels = area + (over + (over >> 8) >> 8)
+            area[:] = pixels
     page = Image.new('RGB', (size, size), paper)
-    page.paste(ink, mask=coverage)
+    page.paste(ink, mask=Image.fromarray(coverage[:size, :size]))
     return page, low, drawn, ' '.join(word for line in lines[drawn:] for _, word in line)
 
 
