@@ -84,7 +84,7 @@ def render_page(text, size, font='DejaVuSans.ttf', font_size=None, line_spacing=
     low, high = font_size or 4, font_size or 30
     while low < high:
         middle = (low + high + 1) // 2
-        advance = sum(min(measure(font, middle, word)[0], room) for word in words)            # more than full lines hold?
+        advance = sum(min(measure(font, middle, word)[0], room) for word in words)    # more than full lines hold?
         fits = advance <= (room + middle) * (room // int(line_spacing * middle)) and \
             len(wrap(words, font, middle, room)) * int(line_spacing * middle) <= room
         low, high = (middle, high) if fits else (low, middle - 1)
@@ -102,8 +102,8 @@ def render_page(text, size, font='DejaVuSans.ttf', font_size=None, line_spacing=
             top, start = edge + row * step + dy, max(edge + round(x) + dx, 0)
             area = coverage[top:top + pixels.shape[0], start:start + pixels.shape[1]]
             pixels = pixels[:area.shape[0], :area.shape[1]]
-            if area.any():                                                    # a mark on a neighbour: a + b - a b / 255,
-                over = pixels * (255 - area).astype(np.int32) + 128           # rounded as Pillow rounds
+            if area.any():                                          # a mark on a neighbour: a + b - a b / 255, which
+                over = pixels * (255 - area).astype(np.int32) + 128           # Pillow rounds like this
                 pixels = area + (over + (over >> 8) >> 8)
             area[:] = pixels
     page = Image.new('RGB', (size, size), paper)

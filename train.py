@@ -60,7 +60,7 @@ def encoder_flags():
 
 def parse_args(argv=None, defaults={}):
     parser = argparse.ArgumentParser(description='Train an encoder and a decoder on one objective.',
-                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, 34, 34, 120))
+                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 36, 120))
     add = parser.add_argument_group('what').add_argument
     add('--model', default='tiny', help='tiny, full (random weights), a hub id, a folder or a run (default tiny)')
     add('--regime', help=f'{", ".join(ENCODERS)} (default: that of the run that --model is, else meanpool)')
@@ -78,11 +78,12 @@ def parse_args(argv=None, defaults={}):
     add('--wandb', metavar='PROJECT', help='log to Weights & Biases as well')
     add = parser.add_argument_group('settings of the encoder').add_argument
     for name, (p, regime) in encoder_flags().items():
-        add(f'--{name}', type=p.annotation, help=f'{regime} (default {p.default!r})')
+        add(f'--{name}', type=p.annotation, metavar='X', help=f'{regime} (default {p.default!r})')
     add = parser.add_argument_group('how').add_argument
     for name, (tiny, other, text) in FLAGS.items():
         kind = float if isinstance(tiny, float) or name == 'encoder_lr' else int
-        add(f'--{name}', type=kind, help=f'{text} (default {f"tiny {tiny}, else " * (tiny != other)}{other})')
+        default = f'tiny {tiny}, else {other}' if tiny != other else other
+        add(f'--{name}', type=kind, metavar='N', help=f'{text} (default {default})')
     parser.set_defaults(**defaults)
     return parser.parse_args(argv)
 
@@ -165,8 +166,10 @@ def restore(out, optimizer):
 def open_log(args, start):
     """A function log(step, **values): to the screen, to log.jsonl behind step `start`, to Weights & Biases."""
     path, wandb = Path(args.output_dir, 'log.jsonl'), None
-    lines = path.read_text(encoding='utf-8').splitlines(keepends=True) if start else []
-    path.write_text(''.join(line for line in lines if json.loads(line)['step'] <= start), encoding='utf-8')
+    lines = path.read_text(encoding='utf-8').splitlines() if start else []
+    last = lambda line: line['step'] == args.steps and 'val_loss' in line              # which will be written again
+    kept = [line for line in lines if json.loads(line)['step'] <= start and not last(json.loads(line))]
+    path.write_text(''.join(line + '\n' for line in kept), encoding='utf-8')
     if args.wandb:
         try:
             import wandb

@@ -121,6 +121,8 @@ def test_resume_is_exact(corpus, tmp_path):
     log = [json.loads(line) for line in (tmp_path / 'parts' / 'log.jsonl').read_text(encoding='utf-8').splitlines()]
     assert losses(log) == losses(whole)
     assert log[-1]['val_loss'] == whole[-1]['val_loss']
+    train.main(['--resume', '--output_dir', str(tmp_path / 'parts')])                              # of a run that is at its end
+    assert len((tmp_path / 'parts' / 'log.jsonl').read_text(encoding='utf-8').splitlines()) == len(log)
     for (name, a), (_, b) in zip(load_run(tmp_path / 'whole')[0].named_parameters(), load_run(tmp_path / 'parts')[0].named_parameters()):
         assert torch.equal(a, b), name
 
