@@ -2,7 +2,7 @@
 The released checkpoint format, both ways, and its tokenizer.
 
     model, tokenizer, config = load('deepseek-ai/DeepSeek-OCR', 'meanpool', 1000, compression_window_size=4)
-    python load_deepseek.py out/vision --export ocr          # a run's weights in bf16, for whatever opens DeepSeek-OCR
+    python load_deepseek.py out/vision --export out/ocr      # a run's weights in bf16, for whatever opens DeepSeek-OCR
 
 A checkpoint is a folder: config.json, safetensors files under DeepSeek-OCR's tensor names, tokenizer.json. A run
 of ours adds "run" to config.json (which encoder, its settings, the lengths) and the tensors of our own encoders:

@@ -299,8 +299,8 @@ def main(argv=None):
         dist.destroy_process_group()
     if rank == 0:
         show(*passage(model, val[0], tokenizer, device), args.objective)
-        print(f'saved in {out}: python eval.py {out}. For the real model, with DIR from data.py:\n    python '
-              f'train.py --regime {args.regime} --model deepseek-ai/DeepSeek-OCR --data DIR')
+        print(f'saved in {out}: python eval.py {out}. For the real model, with DIR from data.py:\n    python train.py '
+              f'--regime {args.regime} --objective {args.objective} --data DIR --model deepseek-ai/DeepSeek-OCR')
 
 
 if __name__ == '__main__':
