@@ -77,6 +77,8 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
+    """o(softmax(q k / sqrt(d)) v), causal, with q and k rotated by their positions: (B, T, D) -> (B, T, D)."""
+
     def __init__(self, config, layer):
         super().__init__()
         self.layer, D, self.head_dim = layer, config.hidden_size, config.hidden_size // config.num_attention_heads
@@ -165,6 +167,8 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): (B, T, D) -> (B, T, D) and the layer's balance loss."""
+
     def __init__(self, config, layer):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
