@@ -2,7 +2,7 @@
 Documents to segments on disk, once; segments to batches, as they are needed.
 
     python data.py SOURCE --out DIR --model deepseek-ai/DeepSeek-OCR --context 1000 --continuation 1000
-    SOURCE: finewiki | pydoc | stdlib | a file or folder of .txt .md .py .jsonl .parquet, the text kinds also .xz or .gz
+    SOURCE: finewiki | pydoc | stdlib | a file or folder of .txt .md .py .jsonl .parquet, the text kinds also .xz
 
     DIR/train.bin, val.bin     token ids, uint16 or uint32, one segment of context + continuation tokens after another
     DIR/meta.json              what they were made from and with, and what was left out
@@ -11,7 +11,6 @@ A document gives as many segments as it has whole ones, without overlap, all to 
 drawn when a batch is made: 510,000 segments of 2,000 tokens are 4.1 GB, and their 828 GB of PNGs nothing.
 """
 import argparse
-import gzip
 import hashlib
 import json
 import lzma
@@ -28,10 +27,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from load_deepseek import read_json, tokenizer_of
+from load_deepseek import optional, read_json, tokenizer_of
 from render import render_page
 
-KINDS, OPEN = re.compile(r'(\.txt|\.md|\.py|\.jsonl|\.parquet)(\.xz|\.gz)?$'), {'.xz': lzma.open, '.gz': gzip.open}
+KINDS = re.compile(r'(\.txt|\.md|\.py|\.jsonl|\.parquet)(\.xz)?$')
 # A piece of a text, cut behind a line end where there is one: millions of characters alike, given to the tokenizer at
 # once, would overflow its stack.
 PIECE = re.compile(r'(?s).{1,100000}(?:(?<=\n)|\Z)|.{1,100000}')
@@ -67,14 +66,11 @@ def records(source, counts):
     for path in find_files(source):
         kind = KINDS.search(path.name)[1]
         if kind == '.parquet':
-            try:
-                import pyarrow.parquet
-            except ImportError:
-                raise SystemExit(f'{path}: reading Parquet takes pyarrow: pip install pyarrow')
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+            parquet = optional('pyarrow.parquet')
+            for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
                 yield from batch.to_pylist()
             continue
-        with OPEN.get(path.suffix, open)(path, 'rb') as f:
+        with (lzma.open if path.suffix == '.xz' else open)(path, 'rb') as f:
             if kind == '.jsonl':
                 for line in f:
                     try:
@@ -133,9 +129,10 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
         print(f'{folder}: left by a preparation that was cut short; starting again')
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    bar = tqdm(encode_all(tokenizer, documents(source, field, counts)), desc=str(source), unit=' documents')
+    wanted = train_segments + val_segments if train_segments and val_segments else None
+    bar = tqdm(desc=str(source), total=wanted, unit=' segments')              # with a total it tells the time left
     with open(folder / 'train.bin', 'wb') as train, open(folder / 'val.bin', 'wb') as val:
-        for text, ids in bar:
+        for text, ids in encode_all(tokenizer, documents(source, field, counts)):
             # A document goes to validation whenever that has less than its share.
             short = counts['val'] < limit['val'] and counts['val'] < share * (counts['train'] + counts['val'])
             side = 'val' if short or counts['train'] >= limit['train'] else 'train'
@@ -143,12 +140,12 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
             (val if side == 'val' else train).write(ids[:n * length].astype(dtype).tobytes())
             counts.update({side: n, 'documents': 1, 'characters': len(text), 'documents too short': len(ids) < length,
                            'tokens left over': len(ids) - n * length})
-            seconds = bar.format_dict['elapsed'] + 1e-9
-            left = (sum(limit.values()) / (counts['train'] + counts['val'] + 1e-9) - 1) * seconds   # inf without limits
-            bar.set_postfix(segments=counts['train'] + counts['val'], MB_per_s=counts['characters'] / 1e6 / seconds,
-                            seconds_left=left, refresh=False)
+            rate = counts['characters'] / 1e6 / (bar.format_dict['elapsed'] + 1e-9)
+            bar.set_postfix(documents=counts['documents'], MB_per_s=rate, refresh=False)
+            bar.update(n)
             if counts['train'] >= limit['train'] and counts['val'] >= limit['val']:
                 break
+    bar.close()
     told = ', '.join(f'{value:,} {key}' for key, value in counts.items())
     if not counts['train'] or not counts['val']:
         shutil.rmtree(folder)

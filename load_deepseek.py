@@ -14,6 +14,7 @@ of ours adds "run" to config.json (which encoder, its settings, the lengths) and
     encoder.<name> of any other encoder           <regime>.<name>
 """
 import argparse
+import importlib
 import json
 import os
 import re
@@ -29,23 +30,15 @@ import torch
 from decoder import Autoencoder, Decoder, DecoderConfig
 from encoders import ENCODERS, VisionConfig, settings_of
 
-# Models without weights, as the config.json they would have; what "language_config" leaves out is as in DeepSeek-OCR.
-PRESETS = {
-    'full': {'language_config': {}, 'vision_config': {'image_size': 1024, 'width': {
-        'sam_vit_b': {'width': 768, 'layers': 12, 'heads': 12, 'global_attn_indexes': [2, 5, 8, 11]},
-        'clip-l-14-224': {'width': 1024, 'layers': 24, 'heads': 16}}}},
-    'tiny': {'language_config': dict(
+# Models without weights, as the config.json they would have; what it leaves out is as in DeepSeek-OCR.
+PRESETS = {'full': {}, 'tiny': {
+    'language_config': dict(
         vocab_size=259, hidden_size=128, intermediate_size=352, moe_intermediate_size=96, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2),
-        'vision_config': {'image_size': 256, 'width': {
-            'sam_vit_b': {'width': 96, 'layers': 4, 'heads': 3, 'global_attn_indexes': [1, 3]},
-            'clip-l-14-224': {'width': 128, 'layers': 4, 'heads': 4}}}},
-}
+    'vision_config': {'image_size': 256, 'width': {
+        'sam_vit_b': {'width': 96, 'layers': 4, 'heads': 3, 'global_attn_indexes': [1, 3]},
+        'clip-l-14-224': {'width': 128, 'layers': 4, 'heads': 4}}}}}
 VISION = ('model.sam_model.', 'model.vision_model.', 'model.projector.', 'model.image_newline', 'model.view_seperator')
-# What this decoder takes for granted: a checkpoint whose config.json says otherwise would load, and be wrong.
-ASSUMED = {'use_mla': False, 'topk_method': 'greedy', 'norm_topk_prob': False, 'routed_scaling_factor': 1.0,
-           'hidden_act': 'silu', 'scoring_func': 'softmax', 'moe_layer_freq': 1, 'rope_scaling': None,
-           'attention_bias': False, 'mlp_bias': False}
 
 # tokenizer.json cuts text in three passes: digits, runs of Chinese or kana (K), then the rest. As one pattern, what a
 # later pass would take must stop where an earlier one has cut; and the last alternative takes what no pass matches
@@ -65,6 +58,14 @@ def read_json(path):
         raise SystemExit(f'{path}: cannot be read ({e})')
 
 
+def optional(name):
+    """A module that not everybody needs. Raises SystemExit with the command that installs it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise SystemExit(f'this takes {name}: pip install {name.split(".")[0]}')
+
+
 def load_tokenizer(path):
     """tokenizer.json of DeepSeek-OCR (or another of the V3 family) as a tiktoken.Encoding with the same ids.
 
@@ -72,20 +73,14 @@ def load_tokenizer(path):
     special string in a text, like <image>, for plain text; Hugging Face's would not. SystemExit for another family.
     """
     spec = read_json(path)
-    try:
-        steps = spec['pre_tokenizer']['pretokenizers']
-        splits = [step['pattern']['Regex'] for step in steps if step['type'] == 'Split']
-        vocab, special = spec['model']['vocab'], {token['content']: token['id'] for token in spec['added_tokens']}
-        merged = [vocab[''.join(pair).replace(' ', '')] for pair in spec['model']['merges']]    # 'a b' or ['a', 'b']
-    except (KeyError, TypeError):
-        splits = merged = []
-    if len(splits) != 3 or splits[0] != r'\p{N}{1,3}' or merged != sorted(merged):
+    if r'{"Regex": "\\p{N}{1,3}"}' not in json.dumps(spec.get('pre_tokenizer')):
         raise SystemExit(f'{path}: not a tokenizer of the DeepSeek-V3 family')
+    special = {token['content']: token['id'] for token in spec['added_tokens']}
     # Byte-level BPE spells bytes as printable characters: printable ones as themselves, the others from U+0100 on.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = sorted(set(range(256)) - set(printable))
     byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    ranks = {bytes(byte[c] for c in token): i for token, i in vocab.items() if token not in special}
+    ranks = {bytes(byte[c] for c in token): i for token, i in spec['model']['vocab'].items() if token not in special}
     return tiktoken.Encoding('deepseek', pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
@@ -98,25 +93,20 @@ def tokenizer_of(source):
 
 
 def fetch(source):
-    """The checkpoint's folder: `source` itself, or what the model hub has under that name."""
-    if Path(source).is_dir() or not re.fullmatch(r'(?!out/)\w[\w.-]*/[\w.-]+', source):
-        return Path(source)                    # whether it is there shows when config.json is read
+    """The checkpoint's folder: `source` itself, or what the model hub has under that name. Raises SystemExit."""
+    if Path(source).is_dir():
+        return Path(source)
     try:
-        patterns = ['*.json', '*.safetensors', '*.py', '*.txt']
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=['*.json', '*.safetensors', '*.py']))
     except Exception as e:                     # the hub's client raises whatever its transport does
         raise SystemExit(f'{source}: no such folder, and not to be had from the model hub ({type(e).__name__})')
 
 
 def sizes_from(config, shape=lambda name, default: default):
     """config.json to a DecoderConfig with its VisionConfig. shape(tensor name, default) -> list, for what config.json
-    is silent or stale about: SAM's neck, CLIP's MLP. Raises SystemExit where the decoder is not ours."""
+    is silent or stale about: SAM's neck, CLIP's MLP."""
     language = config.get('language_config', config)
-    for key, value in ASSUMED.items():
-        if language.get(key, value) != value:
-            raise SystemExit(f'config.json: {key} is {language[key]}; this decoder knows only {value}')
-    known = {f.name for f in fields(DecoderConfig)}
-    sizes = DecoderConfig(**{k: v for k, v in language.items() if k in known and v is not None})
+    sizes = DecoderConfig(**{f.name: language[f.name] for f in fields(DecoderConfig) if f.name in language})
     if 'vision_config' in config:
         sam, clip = (config['vision_config']['width'][name] for name in ('sam_vit_b', 'clip-l-14-224'))
         neck = shape('model.sam_model.neck.0.weight', [clip['width'] // 4])[0]
@@ -168,14 +158,17 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
     """
     folder = None if source in PRESETS else fetch(source)
     config, files = (read_json(folder / 'config.json'), open_tensors(folder)) if folder else (PRESETS[source], {})
-    run, settings = config.get('run', {}), {k: v for k, v in settings.items() if v is not None}
     if regime not in ENCODERS:
         raise SystemExit(f'--regime {regime}: not one of {", ".join(ENCODERS)}')
+    run, known = config.get('run', {}), settings_of(ENCODERS[regime])
+    settings = {name: value for name, value in settings.items() if value is not None}
+    for name in settings.keys() - known.keys():
+        raise SystemExit(f'--{name}: no setting of regime {regime}, which has {", ".join(known) or "none"}')
     if not 0 <= hybrid <= context:
         raise SystemExit(f'--hybrid_text_tokens {hybrid}: not between 0 and the context length {context}')
     shape = lambda name, default=None: files[name].get_slice(name).get_shape() if name in files else default
     sizes = sizes_from(config, shape)
-    has_encoder = bool(files) and ('vision_config' in config if regime == 'vision' else run.get('regime') == regime)
+    has_encoder = bool(files) and (run['regime'] == regime if run else regime == 'vision' and 'vision_config' in config)
     with torch.device('meta' if files else device):
         decoder = Decoder(sizes).to(dtype)
     try:
@@ -186,12 +179,15 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
     tokenizer = tokenizer_of(source)
     prompt = tokenizer.encode_ordinary(getattr(encoder, 'prompt', ''))
     model = Autoencoder(encoder, decoder, objective, prompt, hybrid)
+
     wanted = {name: list(t.shape) for name, t in released_tensors(model, regime).items() if t.is_meta}
     other = tuple(f'{name}.' for name in ENCODERS if name != regime) + (VISION if regime != 'vision' else ())
-    skipped = [name for name in files if name not in wanted and name.startswith(other)]
+    skipped = {name for name in files if name not in wanted and name.startswith(other)}
     if skipped:
-        print(f'{source}: left out {len(skipped)} tensors of another encoder ({skipped[0]} ...)')
-    for name in sorted(wanted.keys() | files.keys() - set(skipped)):
+        print(f'{source}: left out {len(skipped)} tensors of another encoder ({min(skipped)} ...)')
+    if files and not has_encoder:
+        print(f'{source}: no {regime} encoder there, so it starts anew')
+    for name in sorted(wanted.keys() | files.keys() - skipped):
         if (has := shape(name, 'missing')) != (wants := wanted.get(name, 'no such')):
             raise SystemExit(f'{source}: tensor {name} is {has}, regime {regime} wants {wants}')
     for part in [decoder] * bool(files) + [encoder] * has_encoder:
@@ -199,12 +195,19 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
     for name, tensor in released_tensors(model, regime).items():
         if name in wanted:
             tensor.copy_(files[name].get_tensor(name))
-    known = settings_of(ENCODERS[regime])
-    settings = {k: getattr(encoder, k, settings.get(k, known[k].default)) for k in known}
-    run = {**run, 'regime': regime, 'context': context, 'objective': objective, 'hybrid': hybrid,
-           'tokenizer': tokenizer.name, 'settings': settings,
-           'pretrained_encoder': has_encoder and run.get('pretrained_encoder', 'run' not in config)}
+    settings = {name: getattr(encoder, name, settings.get(name, p.default)) for name, p in known.items()}
+    run = {**run, 'regime': regime, 'context': context, 'objective': objective, 'hybrid': hybrid, 'settings': settings,
+           'tokenizer': tokenizer.name, 'pretrained_encoder': has_encoder and run.get('pretrained_encoder', True)}
     return model, tokenizer, {**config, 'run': run}
+
+
+def load_run(folder, device='cpu', dtype=torch.float32):
+    """load() with the choices that a run was made with."""
+    run = read_json(fetch(folder) / 'config.json').get('run')
+    if run is None:
+        raise SystemExit(f'{folder}: a checkpoint, but not a run of train.py')
+    choices = {key: run[key] for key in ('regime', 'context', 'objective', 'hybrid')}
+    return load(folder, device=device, dtype=dtype, **choices, **run['settings'])
 
 
 def write_aside(path, write):
@@ -224,28 +227,18 @@ def save(model, config, folder, step=0, source=None):
     """Write a model, in the dtype that it has, and the config that load() gave with it, as a checkpoint folder.
 
     The file of weights is named after the step, so that the index, written last, goes from one whole checkpoint to the
-    next in a single rename. What else stands in the folder `source` (tokenizer, modelling code) is copied along.
+    next in a single rename. The tokenizer and the modelling code of the folder `source` are copied along.
     """
-    folder, name, index_name = Path(folder), f'model-{step:08d}.safetensors', 'model.safetensors.index.json'
+    folder, name = Path(folder), f'model-{step:08d}.safetensors'
     tensors = {k: t.contiguous().cpu() for k, t in released_tensors(model, config['run']['regime']).items()}
     index = {'metadata': {'total_size': sum(t.nbytes for t in tensors.values()), 'step': step},
              'weight_map': dict.fromkeys(tensors, name)}
     folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted(Path(source).glob('*')) if source else []:
-        if file.suffix in ('.json', '.py', '.txt') and file.name not in ('config.json', index_name):
-            shutil.copyfile(file, folder / file.name)
+    for file in [*Path(source).glob('*token*.json'), *Path(source).glob('*.py')] if source else []:
+        shutil.copyfile(file, folder / file.name)
     write_aside(folder / name, lambda path: safetensors.torch.save_file(tensors, path, {'format': 'pt'}))
-    for file, content in (('config.json', config), (index_name, index)):
+    for file, content in (('config.json', config), ('model.safetensors.index.json', index)):
         write_aside(folder / file, lambda path: path.write_text(json.dumps(content, indent=1), encoding='utf-8'))
-
-
-def load_run(folder, device='cpu', dtype=torch.float32):
-    """load() with the choices that a run was made with."""
-    run = read_json(fetch(folder) / 'config.json').get('run')
-    if run is None:
-        raise SystemExit(f'{folder}: a checkpoint, but not a run of train.py')
-    choices = {key: run[key] for key in ('regime', 'context', 'objective', 'hybrid')}
-    return load(folder, device=device, dtype=dtype, **choices, **run['settings'])
 
 
 def main(argv=None):

@@ -7,7 +7,6 @@ Words are wrapped greedily, and one wider than the page runs off it. White space
 survive. Follows data/scripts/prepare_training_data.py of the paper's code, pixel for pixel.
 """
 import argparse
-import time
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -117,19 +116,9 @@ def main(argv=None):
     parser.add_argument('file', help='UTF-8 text')
     parser.add_argument('--size', type=int, default=640, help='page side in pixels (default 640)')
     parser.add_argument('--out', default='page.png', help='where the image goes (default page.png)')
-    parser.add_argument('--benchmark', action='store_true', help='time pages of 4500 characters of the file instead')
     args = parser.parse_args(argv)
     try:
         text = Path(args.file).read_text(encoding='utf-8')
-        if args.benchmark:
-            pages = [text[i:i + 4500] for i in range(0, len(text), 4500)] or ['']
-            for size in (512, 640, 1024, 1280):
-                start = time.perf_counter()
-                for page in pages:
-                    render_page(page, size)
-                milliseconds = 1e3 * (time.perf_counter() - start) / len(pages)
-                print(f'{size} pixels: {milliseconds:.1f} ms a page, {len(pages)} pages')
-            return
         page, font_size, lines, lost = render_page(text, args.size)
         page.save(args.out)
     except (OSError, ValueError) as e:

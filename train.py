@@ -8,7 +8,8 @@ One run: one regime, one objective.
     torchrun --nproc_per_node=8 train.py ...                                                 the same on eight
 
 A run is the folder out/<regime> (out/<regime>_lm): config.json, weights and optimiser as last saved, and log.jsonl, a
-line a report. --resume goes on from the last save as if nothing had happened.
+line a report. --resume goes on from the last save as if nothing had happened. A run's flags are the defaults of those
+that go on from it, be it by --resume or by --model.
 """
 import argparse
 import json
@@ -28,98 +29,91 @@ from data import Batches, open_corpus, prepare
 from decoder import OBJECTIVES
 from encoders import ENCODERS, settings_of
 from eval import autocast, evaluate, passage, pick_device, show, to_device
-from load_deepseek import PRESETS, fetch, load, read_json, save, tokenizer_of, write_aside
+from load_deepseek import PRESETS, fetch, load, optional, read_json, save, tokenizer_of, write_aside
 
-# flag: (its default for the tiny model, that for any other, what it is); the second follows the paper
-FLAGS = {
-    'context': (128, 1000, 'context tokens a segment'),
-    'continuation': (128, 1000, 'continuation tokens a segment'),
-    'steps': (700, None, 'optimiser steps; None is one epoch'),
-    'batch_size': (8, 8, 'segments in a micro-batch'),
-    'gradient_accumulation_steps': (1, 6, 'micro-batches in a step, shared among the processes'),
-    'learning_rate': (3e-3, 1e-4, 'peak of the schedule'),
-    'encoder_lr': (None, None, "the encoder's; None is 1e-5 for the pretrained vision encoder, else --learning_rate"),
-    'weight_decay': (0.01, 0.01, 'on all parameters'),
-    'beta2': (0.95, 0.999, "AdamW's second"),
-    'warmup_ratio': (0.1, 0.1, 'share of the steps that warm up'),
-    'max_grad_norm': (1.0, 1.0, 'clip the gradient to this norm'),
-    'log_steps': (20, 10, 'steps between lines of the log'),
-    'eval_steps': (200, 500, 'steps between validations'),
-    'eval_segments': (64, 1000, 'validation segments in each but the last, which has all'),
-    'save_steps': (400, 500, 'steps between saves'),
-    'seed': (0, 0, 'of new weights and of the order of the data'),
-    'workers': (None, None, 'processes that prepare batches; None is 2 on CUDA or to draw pages, else 0'),
-}
+# Where the tiny model departs from the defaults, which follow the paper.
+TINY = dict(steps=700, gradient_accumulation_steps=1, learning_rate=3e-3, beta2=0.95, log_steps=20, eval_steps=200)
 PEAK = {'H200': 989, 'H100': 989, 'A100': 312, 'L40S': 362, '4090': 165, '3090': 71}    # dense bf16 TFLOP/s, vendors'
 
 
-def encoder_flags():
-    """The settings of all encoders: {name: (its inspect.Parameter, the regime)}."""
-    return {name: (p, regime) for regime, encoder in ENCODERS.items() for name, p in settings_of(encoder).items()}
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text} is not at least 1')
+    return int(text)
 
 
-def parse_args(argv=None, defaults={}):
-    parser = argparse.ArgumentParser(description='Train an encoder and a decoder on one objective.',
-                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 36, 120))
-    add = parser.add_argument_group('what').add_argument
-    add('--model', default='tiny', help='tiny, full (random weights), a hub id, a folder or a run (default tiny)')
-    add('--regime', help=f'{", ".join(ENCODERS)} (default: that of the run that --model is, else meanpool)')
-    add('--objective', choices=OBJECTIVES, default='reconstruction', help='what to predict (default reconstruction)')
-    add('--hybrid_text_tokens', type=int, default=0, help='last context tokens, plain behind the memory (default 0)')
-    add('--train_encoder', '--train-encoder', action=argparse.BooleanOptionalAction, default=True, help='or freeze it')
-    add('--data', default='pydoc', help='a folder that data.py made, or a source for data.py (default pydoc)')
-    add('--output_dir', help="the run's folder (default out/<regime>, out/<regime>_lm)")
-    add('--resume', action='store_true', help='go on with the run in --output_dir')
-    add('--device', default='auto', help='cpu, cuda, mps (default: cuda where there is one)')
-    add('--weights', choices=('fp32', 'bf16'), default='fp32', help='as trained; bf16 is the authors\' (default fp32)')
-    add('--optimizer', choices=('adamw', 'adafactor'), default='adamw', help='adafactor keeps little (default adamw)')
-    add('--grad_checkpoint', action='store_true', help='compute activations twice instead of keeping them')
-    add('--compile', action=argparse.BooleanOptionalAction, help='torch.compile (default: on CUDA)')
-    add('--wandb', metavar='PROJECT', help='log to Weights & Biases as well')
-    add = parser.add_argument_group('settings of the encoder').add_argument
-    for name, (p, regime) in encoder_flags().items():
-        add(f'--{name}', type=p.annotation, metavar='X', help=f'{regime} (default {p.default!r})')
-    add = parser.add_argument_group('how').add_argument
-    for name, (tiny, other, text) in FLAGS.items():
-        kind = float if isinstance(tiny, float) or name == 'encoder_lr' else int
-        default = f'tiny {tiny}, else {other}' if tiny != other else other
-        add(f'--{name}', type=kind, metavar='N', help=f'{text} (default {default})')
-    parser.set_defaults(**defaults)
-    return parser.parse_args(argv)
+def parse_args(argv=None):
+    """The flags. What the command line leaves open comes from the run that --resume or --model names, or from TINY."""
+    parser = argparse.ArgumentParser(
+        description='Train an encoder and a decoder on one objective.', usage='python train.py [--flag value ...]',
+        epilog=f'Other defaults of the tiny model: {TINY}. Those of a run are the flags that it was made with.',
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 36, 120))
 
+    def flag(name, kind, default, text, **options):
+        text += '' if default in (None, False) else f' (default {default})'
+        options = options or {'type': kind, 'metavar': kind.__name__}
+        group.add_argument(f'--{name}', default=default, help=text, **options)
 
-def resolve(args):
-    """Fill in what the command line left open: from the run that --model is, from the data, from FLAGS."""
-    source = PRESETS[args.model] if args.model in PRESETS else read_json(fetch(args.model) / 'config.json')
-    run, prepared = source.get('run', {}), Path(args.data, 'meta.json')
-    args.regime = args.regime or run.get('regime', 'meanpool')
-    if args.regime not in ENCODERS:
-        raise SystemExit(f'--regime {args.regime}: not one of {", ".join(ENCODERS)}')
-    own = settings_of(ENCODERS[args.regime])
-    for name in encoder_flags():
-        if getattr(args, name) is not None and name not in own:
-            raise SystemExit(f'--{name}: no setting of regime {args.regime}, which has {", ".join(own) or "none"}')
-        if getattr(args, name) is None and run.get('regime') == args.regime:       # stage two keeps those of stage one
-            setattr(args, name, run['settings'].get(name))
-    tiny = source.get('language_config', source).get('hidden_size', 1280) <= 256
-    meta = read_json(prepared) if prepared.exists() else {}
-    known = {name: meta.get(name) for name in ('context', 'continuation')}
-    for name, (for_tiny, for_other, _) in FLAGS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, known.get(name) or (for_tiny if tiny else for_other))
-        if isinstance(for_tiny, int) and name != 'seed' and getattr(args, name) is not None and getattr(args, name) < 1:
-            raise SystemExit(f'--{name} {getattr(args, name)}: must be at least 1')
-    args.output_dir = args.output_dir or f'out/{args.regime}' + '_lm' * (args.objective == 'lm')
+    group = parser.add_argument_group('what to train')
+    flag('model', str, 'tiny', 'tiny, full (random weights), a hub id, a folder or a run')
+    flag('regime', str, 'meanpool', 'what stands for the context', choices=ENCODERS)
+    flag('objective', str, 'reconstruction', 'what to predict from it', choices=OBJECTIVES)
+    flag('hybrid_text_tokens', int, 0, 'last context tokens, as plain ones behind the memory')
+    group.add_argument('--train_encoder', '--train-encoder', default=True, action=argparse.BooleanOptionalAction)
+    flag('data', str, 'pydoc', 'a folder that data.py made, or a source for data.py')
+    flag('context', positive, None, 'context tokens a segment (default: those of --data; or 1000, for tiny 128)')
+    flag('continuation', positive, None, 'continuation tokens a segment (default: likewise)')
+    flag('output_dir', str, None, "the run's folder (default: out/<regime>, out/<regime>_lm)")
+    flag('resume', bool, False, 'go on with the run in --output_dir', action='store_true')
+    for regime, encoder in ENCODERS.items():
+        group = parser.add_argument_group(f'settings of {regime}', encoder.__doc__)
+        for name, p in settings_of(encoder).items():
+            flag(name, p.annotation, None, f'(default {p.default!r})')
+    group = parser.add_argument_group('how')
+    flag('steps', positive, None, 'optimiser steps (default: one epoch)')
+    flag('batch_size', positive, 8, 'segments in a micro-batch')
+    flag('gradient_accumulation_steps', positive, 6, 'micro-batches in a step, of all processes')
+    flag('learning_rate', float, 1e-4, 'peak of the schedule')
+    flag('encoder_lr', float, None, "the encoder's (default: 1e-5 if it is pretrained vision, else the same)")
+    flag('weight_decay', float, 0.01, 'on all parameters')
+    flag('beta2', float, 0.999, "AdamW's second")
+    flag('warmup_ratio', float, 0.1, 'share of the steps that warm up')
+    flag('max_grad_norm', float, 1.0, 'clip the gradient to this norm')
+    flag('optimizer', str, 'adamw', 'adafactor keeps little state', choices=('adamw', 'adafactor'))
+    flag('weights', str, 'fp32', "as they are trained; bf16 is the authors'", choices=('fp32', 'bf16'))
+    flag('grad_checkpoint', bool, False, 'compute activations twice instead of keeping them', action='store_true')
+    flag('compile', bool, None, 'torch.compile (default: on CUDA)', action=argparse.BooleanOptionalAction)
+    flag('device', str, 'auto', 'cpu, cuda, mps; auto is cuda where there is one')
+    flag('workers', int, None, 'processes that prepare batches (default: 2 on CUDA or to draw pages, else 0)')
+    flag('seed', int, 0, 'of new weights and of the order of the data')
+    flag('log_steps', positive, 10, 'steps between lines of the log')
+    flag('eval_steps', positive, 500, 'steps between validations')
+    flag('eval_segments', positive, 500, 'validation segments in each but the last, which has all')
+    flag('save_steps', positive, 500, 'steps between saves')
+    flag('wandb', str, None, 'project of Weights & Biases to log to as well')
+
+    args = parser.parse_args(argv)
+    folder = lambda args: args.output_dir or f'out/{args.regime}' + '_lm' * (args.objective == 'lm')
+    model = folder(args) if args.resume else args.model
+    if args.resume and not Path(model, 'model.safetensors.index.json').exists():
+        raise SystemExit(f'--resume: no saved run in {model}')
+    run = {} if model in PRESETS else read_json(fetch(model) / 'config.json').get('run', {})
+    parser.set_defaults(**(TINY if model == 'tiny' else run.get('args', {})))
+    if run and parser.parse_args(argv).regime == run['regime']:
+        parser.set_defaults(**run['settings'])
+    args = parser.parse_args(argv)
+    args.model, args.output_dir = model, folder(args)
+    return args
 
 
 def corpus(args, tokenizer):
     """The folder of the prepared corpus that --data names; made under out/data where --data is a source."""
-    folder = Path(args.data)
+    folder, length = Path(args.data), 128 if args.model == 'tiny' else 1000
     if not (folder / 'meta.json').exists():
-        folder = Path('out/data', f'{folder.stem}_{tokenizer.name}_{args.context}_{args.continuation}')
+        lengths = args.context or length, args.continuation or length
+        folder = Path('out/data', '_'.join(map(str, (folder.stem, tokenizer.name, *lengths))))
         if not folder.exists():
-            prepare(args.data, folder, tokenizer, args.context, args.continuation)
-    open_corpus(folder, tokenizer, args.context, args.continuation)
+            prepare(args.data, folder, tokenizer, *lengths)
     return str(folder)
 
 
@@ -141,9 +135,9 @@ def training_flops(model, batch, device):
     return 3 * (counter.get_total_flops() + model.decoder.forward_flops(positions + targets, targets))
 
 
-def save_run(out, step, model, optimizer, config, source):
+def save_run(out, step, model, optimizer, config, state, source):
     """Write optimiser and weights under new names; the index, renamed last, makes them the run's. Drop the old ones."""
-    state = {'optimizer': optimizer.state_dict(), 'rng': torch.get_rng_state()}
+    state = {**state, 'optimizer': optimizer.state_dict(), 'rng': torch.get_rng_state()}
     write_aside(out / f'trainer-{step:08d}.pt', lambda path: torch.save(state, path))
     save(model, config, out, step, source)
     for old in [*out.glob('model-*.safetensors'), *out.glob('trainer-*.pt')]:
@@ -152,7 +146,7 @@ def save_run(out, step, model, optimizer, config, source):
 
 
 def restore(out, optimizer):
-    """Put a run's optimiser and random state back -> the step it was saved at. Raises SystemExit for a damaged file."""
+    """Put a run's optimiser and random state back -> its step and best loss. Raises SystemExit for a damaged file."""
     step = read_json(out / 'model.safetensors.index.json')['metadata']['step']
     try:
         state = torch.load(out / f'trainer-{step:08d}.pt', weights_only=True)
@@ -160,21 +154,15 @@ def restore(out, optimizer):
         raise SystemExit(f'{out}/trainer-{step:08d}.pt: missing or damaged ({type(e).__name__})')
     optimizer.load_state_dict(state['optimizer'])
     torch.set_rng_state(state['rng'])
-    return step
+    return step, state['best']
 
 
 def open_log(args, start):
     """A function log(step, **values): to the screen, to log.jsonl behind step `start`, to Weights & Biases."""
-    path, wandb = Path(args.output_dir, 'log.jsonl'), None
-    lines = path.read_text(encoding='utf-8').splitlines() if start else []
-    last = lambda line: line['step'] == args.steps and 'val_loss' in line              # which will be written again
-    kept = [line for line in lines if json.loads(line)['step'] <= start and not last(json.loads(line))]
-    path.write_text(''.join(line + '\n' for line in kept), encoding='utf-8')
-    if args.wandb:
-        try:
-            import wandb
-        except ImportError:
-            raise SystemExit('--wandb: pip install wandb')
+    path, wandb = Path(args.output_dir, 'log.jsonl'), optional('wandb') if args.wandb else None
+    lines = path.read_text(encoding='utf-8').splitlines(keepends=True) if start else []
+    path.write_text(''.join(line for line in lines if json.loads(line)['step'] <= start), encoding='utf-8')
+    if wandb:
         wandb.init(project=args.wandb, name=Path(args.output_dir).name, config=vars(args))
 
     def log(step, **values):
@@ -188,13 +176,8 @@ def open_log(args, start):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.resume:
-        out = Path(args.output_dir or f'out/{args.regime or "meanpool"}' + '_lm' * (args.objective == 'lm'))
-        if not (out / 'model.safetensors.index.json').exists():
-            raise SystemExit(f'--resume: no saved run in {out}')
-        args = parse_args(argv, defaults=read_json(out / 'config.json')['run']['args'])   # the command line goes first
-        args.model = args.output_dir = str(out)
-    resolve(args)
+    settings = {name: vars(args).pop(name) for encoder in ENCODERS.values() for name in settings_of(encoder)}
+    kept = {name: value for name, value in vars(args).items() if name not in ('model', 'output_dir', 'resume')}
     world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))      # torchrun sets them
     out, device = Path(args.output_dir), pick_device(args.device, int(os.environ.get('LOCAL_RANK', 0)))
     G, on_cuda = args.gradient_accumulation_steps, device.type == 'cuda'
@@ -210,39 +193,36 @@ def main(argv=None):
         dist.init_process_group('nccl' if on_cuda else 'gloo')
         if rank > 0:
             dist.barrier()                                        # until rank 0 has prepared the corpus
-    args.data = corpus(args, tokenizer)
+    data = corpus(args, tokenizer)
     if world > 1 and rank == 0:
         dist.barrier()
-    settings = {name: getattr(args, name) for name in settings_of(ENCODERS[args.regime])}
-    dtype = torch.bfloat16 if args.weights == 'bf16' else torch.float32
-    model, _, config = load(args.model, args.regime, args.context, args.objective, args.hybrid_text_tokens, device,
-                            dtype, **settings)
+    meta = open_corpus(data, tokenizer, args.context, args.continuation)
+    model, _, config = load(args.model, args.regime, meta['context'], args.objective, args.hybrid_text_tokens, device,
+                            torch.bfloat16 if args.weights == 'bf16' else torch.float32, **settings)
+    config['run'].update(data=data, args={**kept, 'data': data, **{k: meta[k] for k in ('context', 'continuation')}})
     model.decoder.grad_checkpoint = args.grad_checkpoint
-    if not args.train_encoder:
-        model.encoder.requires_grad_(False)
+    model.encoder.requires_grad_(args.train_encoder)
     image_size = getattr(model.encoder, 'image_size', None)
-    side = lambda name, limit=None: Batches(args.data, name, args.batch_size, tokenizer, image_size, args.seed, limit)
+    side = lambda name, limit=None: Batches(data, name, args.batch_size, tokenizer, image_size, args.seed, limit)
     train, some, val = side('train'), side('val', args.eval_segments), side('val')
     workers = (2 if image_size or on_cuda else 0) if args.workers is None else args.workers
     args.steps = args.steps or -(-len(train) // G)
-    if args.encoder_lr is None:
-        pretrained_vision = args.regime == 'vision' and config['run']['pretrained_encoder']
-        args.encoder_lr = 1e-5 if pretrained_vision else args.learning_rate
+    pretrained_vision = args.regime == 'vision' and config['run']['pretrained_encoder']
+    encoder_lr = args.encoder_lr if args.encoder_lr is not None else 1e-5 if pretrained_vision else args.learning_rate
     groups = [{'params': [p for p in part.parameters() if p.requires_grad], 'peak': rate}
-              for part, rate in ((model.encoder, args.encoder_lr), (model.decoder, args.learning_rate))]
+              for part, rate in ((model.encoder, encoder_lr), (model.decoder, args.learning_rate))]
     groups = [group for group in groups if group['params']]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True) \
         if args.optimizer == 'adamw' else torch.optim.Adafactor(groups, weight_decay=args.weight_decay)
-    start = restore(out, optimizer) if args.resume else 0
-    config['run'].update(data=args.data, args={k: v for k, v in vars(args).items() if k != 'resume'})
+    start, best = restore(out, optimizer) if args.resume else (0, math.inf)
     out.mkdir(parents=True, exist_ok=True)
     log = open_log(args, start) if rank == 0 else lambda *_, **__: None
     step_flops = args.batch_size * G * training_flops(model, train[0], device)
     if rank == 0:
         count = lambda part: sum(p.numel() for p in part.parameters())
-        print(f'{out}: {args.regime} {config["run"]["settings"]}, {args.objective}; encoder {count(model.encoder):,}, '
-              f'decoder {count(model.decoder):,} parameters; {train.n:,} segments; '
-              f'{step_flops / 1e12:.3g} TFLOP a step; on {world} x {device.type}')
+        print(f'{out}: {args.regime} {config["run"]["settings"]}, {args.objective}; encoder {count(model.encoder):,} '
+              f'parameters at {encoder_lr:g}, decoder {count(model.decoder):,} at {args.learning_rate:g}; '
+              f'{train.n:,} segments; {step_flops / 1e12:.3g} TFLOP a step; on {world} x {device.type}')
 
     # ---- training: batch n is a function of seed and n alone, so a step number is all that there is to resume from
     stop = []
@@ -286,15 +266,17 @@ def main(argv=None):
             log(step, loss=loss.item(), ppl=math.exp(min(loss.item(), 700)), lr=group['lr'], grad_norm=norm.item(),
                 tokens_per_s=args.batch_size * G * losses.shape[1] / seconds, tflops=tflops, **card,
                 minutes_left=seconds * (args.steps - step) / 60)
-        if step % args.eval_steps == 0 and step < args.steps and not stop:
-            log(step, **{f'val_{k}': v for k, v in evaluate(model, some, device, workers, rank, world).items()})
-        if rank == 0 and (step % args.save_steps == 0 or step == args.steps or stop):
-            from_scratch = args.model in PRESETS or args.resume
-            save_run(out, step, model, optimizer, config, None if from_scratch else fetch(args.model))
-        if stop:
+        last = step == args.steps
+        if step % args.eval_steps == 0 or last:
+            result = evaluate(model, val if last else some, device, workers, rank, world)
+            best = min(best, result['loss'])
+            log(step, **{f'val_{k}': v for k, v in result.items()}, best_val_loss=best)
+        if rank == 0 and (step % args.save_steps == 0 or last or stop):
+            source = None if args.model in PRESETS or args.resume else fetch(args.model)
+            save_run(out, step, model, optimizer, config, {'best': best}, source)
+        if stop and not last:
             print(f'stopped and saved at step {step}; --resume goes on')
             return
-    log(args.steps, **{f'val_{k}': v for k, v in evaluate(model, val, device, workers, rank, world).items()})
     if world > 1:
         dist.destroy_process_group()
     if rank == 0:

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 os.environ['HF_HUB_OFFLINE'] = '1'                           # no test may wait for a network
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    os.environ['OMP_NUM_THREADS'] = '1'                      # one core for each of the workers
 import pytest
 import torch
 from safetensors.torch import load_file

@@ -1,7 +1,6 @@
 """The released format: names, shapes and strictness, both ways."""
 import copy
 import json
-import shutil
 
 import pytest
 import torch
@@ -131,15 +130,12 @@ def test_broken_folders_are_refused(released, tmp_path):
     refused('not one of text, meanpool', regime='jpeg')
     refused('--hybrid_text_tokens 1001', hybrid=1001)
     refused('[1000, 500, 250, 125, 63, 32, 16, 8, 4, 2, 1]', regime='conv1d_residual', compression_target=111)
-    refused('config.json', source=tmp_path / 'nothing')
+    refused('no such folder', source=tmp_path / 'nothing')
     refused('model hub', source='nobody/nothing-at-all')
     config = read_json(released / 'config.json')
-    config['language_config']['use_mla'] = True
-    (tmp_path / 'mla').mkdir()
-    (tmp_path / 'mla' / 'config.json').write_text(json.dumps(config), encoding='utf-8')
-    refused('no weights', source=tmp_path / 'mla')
-    shutil.copy(next(released.glob('*1-of*.safetensors')), tmp_path / 'mla')
-    refused('use_mla', source=tmp_path / 'mla')
+    (tmp_path / 'bare').mkdir()
+    (tmp_path / 'bare' / 'config.json').write_text(json.dumps(config), encoding='utf-8')
+    refused('no weights', source=tmp_path / 'bare')
     for file, size in (('model-00002-of-000002.safetensors', 1000), ('model-00002-of-000002.safetensors', 0)):
         with open(released / file, 'rb+') as f:
             f.truncate(size)
@@ -151,14 +147,15 @@ def test_broken_folders_are_refused(released, tmp_path):
 
 
 def test_another_regime_from_a_run(tmp_path, capsys):
-    """The decoder is kept, the other encoder left out with one line; vision cannot start where no vision tensors are."""
+    """The decoder is kept, the other encoder left out with one line, and a new one that starts anew is said to."""
     model, _, config = load('tiny', 'conv1d_residual', 128)
     save(model, config, tmp_path / 'conv')
     other, _, config = load(str(tmp_path / 'conv'), 'meanpool', 128)
-    assert capsys.readouterr().out.count('\n') == 1
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and 'left out 13 tensors' in said[0] and 'no meanpool encoder there' in said[1]
     assert all(torch.equal(a, b) for a, b in zip(model.decoder.parameters(), other.decoder.parameters()))
     assert not config['run']['pretrained_encoder']
-    with pytest.raises(SystemExit, match='regime vision wants'):
-        load(str(tmp_path / 'conv'), 'vision', 128)
+    load(str(tmp_path / 'conv'), 'vision', 128)
+    assert 'no vision encoder there, so it starts anew' in capsys.readouterr().out
     with pytest.raises(SystemExit, match='conv1d_residual.pyramid.2'):
         load(str(tmp_path / 'conv'), 'conv1d_residual', 128, compression_target=16)

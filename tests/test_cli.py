@@ -32,7 +32,7 @@ def refused(capsys, main, command, message):
 
 
 @pytest.mark.parametrize('command, message', [
-    ('--regime jpeg', '--regime jpeg: not one of text, meanpool, conv1d_residual, vision'),
+    ('--regime jpeg', "invalid choice: 'jpeg'"),
     ('--regime conv1d_residual --compression_target 33', '[128, 64, 32, 16, 8, 4, 2, 1]'),
     ('--regime meanpool --compression_window_size 129', 'window 129'),
     ('--regime meanpool --hybrid_text_tokens 129', '--hybrid_text_tokens 129'),
@@ -41,8 +41,8 @@ def refused(capsys, main, command, message):
     ('--regime vision --vision_mode 100', 'vision_mode 100'),
     ('--objective guess', 'invalid choice'),
     ('--wndow 3', 'unrecognized arguments'),
-    ('--batch_size 0', '--batch_size 0'),
-    ('--steps x', 'invalid int'),
+    ('--batch_size 0', '--batch_size: 0 is not at least 1'),
+    ('--steps x', 'invalid positive'),
     ('--device tpu', '--device tpu'),
     ('--data nowhere.txt', 'nowhere.txt'),
     ('--data empty.txt', 'empty.txt'),
@@ -98,4 +98,4 @@ def test_eval_and_render(here, capsys):
 
 def test_no_traceback_on_the_command_line():
     done = subprocess.run([sys.executable, ROOT / 'train.py', '--regime', 'jpeg'], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count('\n') == 1 and 'jpeg' in done.stderr
+    assert done.returncode == 2 and done.stderr.count('\n') == 2 and 'jpeg' in done.stderr        # usage, error

@@ -1,5 +1,4 @@
 """Documents to segments: every source, what is hard to read, the split, and what must not be half done."""
-import gzip
 import json
 import lzma
 import os
@@ -39,16 +38,15 @@ def test_every_kind_of_file(tmp_path):
     expected = [row['text'] for row in rows]
     (tmp_path / 'a.jsonl').write_bytes(lines)
     (tmp_path / 'b.jsonl.xz').write_bytes(lzma.compress(lines))
-    (tmp_path / 'c.jsonl.gz').write_bytes(gzip.compress(lines))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / 'd.parquet')
-    for name in ('a.jsonl', 'b.jsonl.xz', 'c.jsonl.gz', 'd.parquet'):
+    for name in ('a.jsonl', 'b.jsonl.xz', 'd.parquet'):
         assert texts(tmp_path / name) == (expected, {}), name
     assert texts(tmp_path / 'a.jsonl', field='title') == (['short'] * 5, {})
     for name in ('e.txt', 'f.md', 'g.py'):
         (tmp_path / name).write_text(name + TEXT, encoding='utf-8')
     (tmp_path / 'h.txt.xz').write_bytes(lzma.compress(b'h' + TEXT.encode()))
     (tmp_path / 'ignored.png').write_bytes(b'\0')
-    assert texts(tmp_path)[0] == expected * 4 + ['e.txt' + TEXT, 'f.md' + TEXT, 'g.py' + TEXT, 'h' + TEXT]
+    assert texts(tmp_path)[0] == expected * 3 + ['e.txt' + TEXT, 'f.md' + TEXT, 'g.py' + TEXT, 'h' + TEXT]
     assert len(texts('stdlib')[0]) > 300 and len(texts('pydoc')[0]) > 50
 
 

@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -64,10 +65,14 @@ def test_steps_that_are_not_finite_are_skipped_and_many_stop_the_run(corpus, tmp
 def test_two_processes_train_as_one(corpus, tmp_path):
     flags = [*FLAGS, '--data', corpus, '--steps', '20', '--eval_steps', '10']
     train.main([*flags, '--output_dir', str(tmp_path / 'one')])
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', str(ROOT / 'train.py'), *flags, '--output_dir',
-               str(tmp_path / 'two')]
-    done = subprocess.run(command, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        port = str(s.getsockname()[1])
+    command = [sys.executable, str(ROOT / 'train.py'), *flags, '--output_dir', str(tmp_path / 'two')]
+    world = {**os.environ, 'OMP_NUM_THREADS': '1', 'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': port}   # as torchrun does
+    both = [subprocess.Popen(command, env={**world, 'RANK': str(rank)}, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    for process in both:
+        assert process.wait(120) == 0, process.stderr.read()[-2000:]
     one, two = read(tmp_path / 'one'), read(tmp_path / 'two')
     assert len(one) == len(two) == 22
     for a, b in zip(one, two):

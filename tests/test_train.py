@@ -135,18 +135,17 @@ def test_stage_two_keeps_weights_and_settings(corpus, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
 
 
-def test_learning_rates_and_freezing(corpus, tmp_path):
-    def rates(out, *flags):
+def test_learning_rates_and_freezing(corpus, tmp_path, capsys):
+    def rate(out, *flags):
         run(corpus, tmp_path / out, *flags, steps=1)
-        return read_json(tmp_path / out / 'config.json')['run']['args']['encoder_lr']
+        return capsys.readouterr().out.split('parameters at ')[1].split(',')[0]
 
-    assert rates('a', '--regime', 'conv1d_residual') == 3e-3                                       # random weights: the main rate
-    assert rates('b', '--regime', 'vision', '--vision_mode', '128', '--learning_rate', '1e-4') == 1e-4
+    assert rate('a', '--regime', 'conv1d_residual') == '0.003'                                     # random weights: the main rate
+    assert rate('b', '--regime', 'vision', '--vision_mode', '128', '--learning_rate', '1e-4') == '0.0001'
     config = read_json(tmp_path / 'b' / 'config.json')
-    del config['run']['regime'], config['run']['pretrained_encoder']                               # as if released: no run of ours
-    bytes_only = {'tokenizer': 'bytes', 'pretrained_encoder': True}
-    (tmp_path / 'b' / 'config.json').write_text(json.dumps({**config, 'run': bytes_only}), encoding='utf-8')
-    assert rates('c', '--regime', 'vision', '--vision_mode', '128', '--model', str(tmp_path / 'b')) == 1e-5
+    config['run']['pretrained_encoder'] = True                                                     # as if from the released weights
+    (tmp_path / 'b' / 'config.json').write_text(json.dumps(config), encoding='utf-8')
+    assert rate('c', '--model', str(tmp_path / 'b')) == '1e-05'
     run(corpus, tmp_path / 'd', '--regime', 'conv1d_residual', '--no-train-encoder', '--learning_rate', '0.1', steps=1)
     run(corpus, tmp_path / 'e', '--regime', 'conv1d_residual', '--learning_rate', '0', steps=1)
     frozen, initial = load_run(tmp_path / 'd')[0], load_run(tmp_path / 'e')[0]
