@@ -175,13 +175,14 @@ class Batches(torch.utils.data.Dataset):
     """Batch n of one side of a corpus, which is a function of the seed and n alone; item n is a whole batch.
 
     {'context': (B, T), 'continuation': (B, T)} token ids, int64; with an image_size 'image' (B, 3, S, S) uint8, each
-    context as a page. Training takes a new permutation of the segments each epoch; validation is in order, ends, and
-    with a limit takes segments evenly from the whole.
+    context as a page, `page` being keywords of render_page. Training takes a new permutation of the segments each
+    epoch; validation is in order, ends, and with a limit takes segments evenly from the whole.
     """
 
-    def __init__(self, folder, side, batch_size, tokenizer, image_size=None, seed=0, limit=None):
+    def __init__(self, folder, side, batch_size, tokenizer, image_size=None, seed=0, limit=None, **page):
         self.folder, self.side, self.batch_size, self.seed = Path(folder), side, batch_size, seed
-        self.tokenizer, self.image_size, self.meta = tokenizer, image_size, open_corpus(folder, tokenizer)
+        self.tokenizer, self.image_size, self.page = tokenizer, image_size, page
+        self.meta = open_corpus(folder, tokenizer)
         self.n = min(limit or self.meta[side], self.meta[side])
         self.epoch = self.order = None
 
@@ -206,8 +207,8 @@ class Batches(torch.utils.data.Dataset):
         batch = {'context': ids[:, :T].contiguous(), 'continuation': ids[:, T:].contiguous()}
         if self.image_size:
             texts = map(self.tokenizer.decode, batch['context'].tolist())
-            pages = np.stack([np.asarray(render_page(text, self.image_size)[0]) for text in texts])   # (B, S, S, 3)
-            batch['image'] = torch.from_numpy(pages).permute(0, 3, 1, 2).contiguous()
+            pages = [np.asarray(render_page(text, self.image_size, **self.page)[0]) for text in texts]
+            batch['image'] = torch.from_numpy(np.stack(pages)).permute(0, 3, 1, 2).contiguous()
         return batch
 
 

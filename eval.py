@@ -1,22 +1,47 @@
 """
-Runs to evidence: a table, and text you can read.
+Runs to evidence: a table, a picture, and text you can read.
 
-    python eval.py out/meanpool out/conv1d_residual       a row a run, then a passage beside what each run makes of it
+    python eval.py out/meanpool out/conv1d_residual                      a row a run, and a passage that each makes anew
+    python eval.py out/* --generate 20 --csv table.csv --plot table.png
+    python eval.py out/vision --data DIR --font_size 12                  another corpus; the page in another type
+    python eval.py --model deepseek-ai/DeepSeek-OCR --image page.png     read a page
 
 PPL is exp of the mean cross-entropy over all target tokens of the validation segments, accuracy the share of them that
-is the likeliest token; both with every token predicted from the true ones before it. The passage is not: it is
-generated greedily from the memory alone. Positions are all before the target; ratio is context tokens over those.
+is the likeliest token, exact the share of segments with all of them; every token predicted from the true ones before
+it. Passages are not: they are generated greedily from the memory alone, and CER is their characters' edit distance to
+the original over its length. Positions are all before the target; ratio is context tokens over those. Delta is PPL less
+that of the run that has the whole context. KV saved is in bytes a segment, at bf16.
+
+Facts (factual recall) is the mean loss on the continuation's fact tokens, rest that on its other tokens. A fact is a
+word that has a digit, begins with a capital, or is rare (in at most one in a hundred of the first contexts); its tokens
+count where it first occurs in the continuation, if it occurs in the context but not in the last `--kept` tokens of it:
+truncation to those has lost the answer, the whole context has it, and a memory that keeps facts comes near the latter.
 """
 import argparse
+import csv
+import difflib
 import math
+import re
+import time
+from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import Batches
 from decoder import OBJECTIVES
-from load_deepseek import load_run
+from load_deepseek import load, load_run, optional
+
+# The authors' model card, 1000 context tokens: (objective, regime, positions) to PPL, lm started from reconstruction.
+PUBLISHED = {
+    ('reconstruction', 'vision', 278): 1.03, ('reconstruction', 'vision', 78): 1.14,
+    ('reconstruction', 'meanpool', 252): 1.04, ('reconstruction', 'conv1d_residual', 252): 1.00,
+    ('reconstruction', 'conv1d_residual', 65): 1.01, ('lm', 'vision', 278): 5.06, ('lm', 'text', 278): 5.02,
+    ('lm', 'meanpool', 252): 5.02, ('lm', 'conv1d_residual', 252): 4.96}
 
 
 def pick_device(name, index=0):
@@ -37,66 +62,221 @@ def to_device(batch, device):
     return {name: x.to(device, non_blocking=True) for name, x in batch.items()}
 
 
+def words(tokenizer, ids):
+    """The words among tokens, in order: [(word as bytes, its first token, the token after its last)]."""
+    pieces = [tokenizer.decode_single_token_bytes(i) for i in ids]
+    ends = np.cumsum([len(piece) for piece in pieces])                # in bytes: a segment may begin amid a character
+    return [(m[0], int(np.searchsorted(ends, m.start(), 'right')), int(np.searchsorted(ends, m.end())) + 1)
+            for m in re.finditer(rb'[0-9A-Za-z\x80-\xff]+', b''.join(pieces))]
+
+
+def common_words(batches, tokenizer):
+    """The words in more than one in a hundred of the contexts, of some thousand."""
+    some = [set(w for w, *_ in words(tokenizer, ids)) for i in range(min(len(batches), -(-1000 // batches.batch_size)))
+            for ids in batches[i]['context'].tolist()]
+    return {word for word, n in Counter(w for found in some for w in found).items() if n > len(some) / 100}
+
+
+def fact_tokens(batch, tokenizer, kept, common):
+    """Which tokens of each continuation belong to a fact, as the top of this file defines it: bool (B, T)."""
+    mask = torch.zeros(batch['continuation'].shape, dtype=torch.bool)
+    for row, (context, continuation) in enumerate(zip(batch['context'].tolist(), batch['continuation'].tolist())):
+        cut = len(context) - kept
+        early, seen = ({word for word, *_ in words(tokenizer, part)} for part in (context[:cut], context[cut:]))
+        for word, first, end in words(tokenizer, continuation):
+            if word in early - seen and (re.search(rb'[0-9]|^[A-Z]', word) or word not in common):
+                mask[row, first:end] = True
+            seen.add(word)
+    return mask
+
+
 @torch.no_grad()
-def evaluate(model, batches, device, workers=0, rank=0, world=1, progress=False):
-    """Loss over a Batches, shared among `world` processes -> {'loss': nats a target token, 'ppl', 'accuracy'}."""
-    sums, training = torch.zeros(3, dtype=torch.float64), model.training               # loss, hits, tokens
+def evaluate(model, batches, device, workers=0, rank=0, world=1, progress=False, facts=None):
+    """Means over a Batches, shared among `world` processes: {'loss': nats a target token, 'ppl', 'accuracy', 'exact'};
+    with facts(batch) -> bool (B, T), 'facts' and 'rest' are the losses where it is true and where not."""
+    sums, training = torch.zeros(7, dtype=torch.float64), model.training
     model.eval()
     loader = DataLoader(batches, batch_size=None, sampler=range(rank, len(batches), world), num_workers=workers)
     for batch in tqdm(loader, disable=not progress, leave=False):
         with autocast(device):
             losses, hit, _ = model(to_device(batch, device))
-        sums += torch.tensor([losses.double().sum(), hit.sum(), hit.numel()])
+        losses, mask = losses.double().cpu(), facts(batch) if facts else torch.zeros(hit.shape, dtype=torch.bool)
+        sums += torch.tensor([losses.sum(), hit.sum(), hit.all(dim=1).sum(), losses[mask].sum(), hit.numel(), len(hit),
+                              mask.sum()])
     model.train(training)
     if world > 1:
         sums = sums.to(device)
         torch.distributed.all_reduce(sums)
-    loss, accuracy = (sums[:2] / sums[2]).tolist()
-    return {'loss': loss, 'ppl': math.exp(min(loss, 700)), 'accuracy': accuracy}
+    loss, hits, exact, fact_loss, tokens, segments, n_facts = sums.tolist()
+    result = {'loss': loss / tokens, 'ppl': math.exp(min(loss / tokens, 700)), 'accuracy': hits / tokens,
+              'exact': exact / segments}
+    if facts:
+        result.update(facts=fact_loss / max(n_facts, 1), rest=(loss - fact_loss) / max(tokens - n_facts, 1))
+    return result
 
 
 def passage(model, batch, tokenizer, device):
-    """The target of a batch's first segment and what the model generates in its place, as text."""
-    training, first = model.training, to_device({name: x[:1] for name, x in batch.items()}, device)
-    target = first[OBJECTIVES[model.objective]]
+    """The targets of a batch and what the model generates in their place, as two lists of texts."""
+    training, batch = model.training, to_device(batch, device)
+    target = batch[OBJECTIVES[model.objective]]
     model.eval()
     with autocast(device):
-        generated = model.generate(first, target.shape[1])
+        generated = model.generate(batch, target.shape[1])
     model.train(training)
-    return tokenizer.decode(target[0].tolist()), tokenizer.decode(generated[0].tolist())
+    return [[tokenizer.decode(row) for row in ids.tolist()] for ids in (target, generated)]
 
 
-def show(original, generated, objective):
-    """Print the two under each other."""
-    made = 'reconstruction' if objective == 'reconstruction' else 'continuation'
-    print(f'\n--- original\n{original}\n--- {made}\n{generated}\n---')
+def edit_distance(a, b):
+    """Fewest characters to insert, delete or replace that make b of a (Levenshtein)."""
+    letters, column = np.array([*b], dtype=object), np.arange(len(b) + 1)
+    row = column
+    for i, letter in enumerate(a, 1):
+        row = np.concatenate([[i], np.minimum(row[1:] + 1, row[:-1] + (letters != letter))])    # delete or replace
+        row = np.minimum.accumulate(row - column) + column                                      # or insert
+    return int(row[-1])
+
+
+def show(original, generated, objective='reconstruction', width=110):
+    """Print a text over what was generated for it, aligned, and under it a ^ where they differ; line ends are ⏎."""
+    original, generated = (text.replace('\n', '⏎') for text in (original, generated))
+    top, bottom = '', ''
+    for _, a, b, c, d in difflib.SequenceMatcher(None, original, generated, autojunk=False).get_opcodes():
+        n = max(b - a, d - c)
+        top, bottom = top + original[a:b].ljust(n, '·'), bottom + generated[c:d].ljust(n, '·')
+    print(f'\n--- original, over its {objective}')
+    for i in range(0, len(top), width):
+        a, b = top[i:i + width], bottom[i:i + width]
+        print(a, b, ''.join(' ' if x == y else '^' for x, y in zip(a, b)).rstrip(), sep='\n')
+
+
+def milliseconds(model, batch, device):
+    """Time to make the memory of one segment, page drawn: the median of 5 after one more."""
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        with torch.no_grad(), autocast(device):
+            model.prefix(batch)[0, -1, 0].item()                              # asking for a number waits for the GPU
+        times.append(1e3 * (time.perf_counter() - start))
+    return sorted(times[1:])[2]
+
+
+def plot(rows, path):
+    """Draw PPL against ratio, a panel an objective, a line a regime through the means; published values are hollow."""
+    plt = optional('matplotlib.pyplot')
+    panels = [objective for objective in OBJECTIVES if any(row['objective'] == objective for row in rows)]
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), squeeze=False, layout='constrained')
+    for ax, objective in zip(axes[0], panels):
+        for color, regime in enumerate(dict.fromkeys(row['regime'] for row in rows)):
+            points = [row for row in rows if (row['objective'], row['regime']) == (objective, regime)]
+            ratios = sorted({row['ratio'] for row in points})
+            means = [np.mean([row['PPL'] for row in points if row['ratio'] == ratio]) for ratio in ratios]
+            name, style = ('truncation', '--') if regime == 'text' else (regime, '-')
+            ax.plot(ratios, means, style, color=f'C{color}', label=name)
+            ax.plot([row['ratio'] for row in points], [row['PPL'] for row in points], 'o', color=f'C{color}', ms=4)
+            hollow = [(row['ratio'], row['published']) for row in points if row['published']]
+            ax.plot(*zip(*hollow) if hollow else ([], []), 'o', mfc='none', color=f'C{color}', ms=9)
+        ax.set(title=objective, xscale='log', yscale='log', ylabel='perplexity',
+               xlabel='compression: context tokens / positions before the target')
+        ax.yaxis.set_major_formatter('{x:.3g}')
+        ax.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def read_page(args, device):
+    """Print what DeepSeek-OCR reads on an image, preprocessed as the original does. Raises SystemExit."""
+    model, tokenizer, _ = load(args.model, 'vision', 0, device=device, vision_mode=args.vision_mode,
+                               vision_prompt='\n' + args.prompt.strip())
+    size = (model.encoder.image_size,) * 2
+    try:
+        image = ImageOps.exif_transpose(Image.open(args.image)).convert('RGB')
+    except (OSError, Image.DecompressionBombError) as e:
+        raise SystemExit(f'{args.image}: no image that can be read ({e})')
+    image = image.resize(size) if size[0] <= 640 else ImageOps.pad(image, size, color=(127, 127, 127))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]         # (1, 3, S, S) uint8
+    ids = model.eval().generate({'context': torch.empty(1, 0, dtype=torch.long, device=device),
+                                 'image': pixels.to(device)}, args.max_new_tokens)[0].tolist()
+    print(tokenizer.decode([i for i in ids if i != model.decoder.config.eos_token_id]))
+
+
+def row_of(folder, args, device):
+    """Evaluate a run -> its row of the table as a dict, and [(segment, original, generated)]."""
+    model, tokenizer, config = load_run(folder, device)
+    run, page = config['run'], {k: v for k, v in vars(args).items() if k in ('font', 'font_size', 'line_spacing') and v}
+    batches = Batches(args.data or run['data'], 'val', args.batch_size, tokenizer, limit=args.segments,
+                      image_size=getattr(model.encoder, 'image_size', None), **page)
+    kept, facts = run['context'] // 4 if args.kept is None else args.kept, None
+    if run['objective'] == 'lm':
+        common = common_words(batches, tokenizer)
+        facts = lambda batch: fact_tokens(batch, tokenizer, kept, common)
+    result = evaluate(model, batches, device, args.workers, progress=True, facts=facts)
+    one = to_device({name: x[:1] for name, x in batches[0].items()}, device)
+    with torch.no_grad():
+        positions, c = model.prefix(one).shape[1], model.decoder.config
+    kv_bytes = 4 * c.num_hidden_layers * c.num_key_value_heads * c.hidden_size // c.num_attention_heads   # a position
+    texts = []
+    for n in range(-(-args.generate // args.batch_size)):
+        texts += zip(*passage(model, batches[n], tokenizer, device))
+    texts = texts[:args.generate]
+    errors, length = (sum(map(f, texts)) for f in (lambda pair: edit_distance(*pair), lambda pair: len(pair[0])))
+    labels = {**run['settings'], 'hybrid': run['hybrid'] or '', **page}
+    published = PUBLISHED.get((run['objective'], run['regime'], positions)) if run['context'] == 1000 else None
+    return {
+        'run': folder, 'regime': run['regime'], 'objective': run['objective'],
+        'setting': ', '.join(f'{name} {value}' for name, value in labels.items() if value not in ('', None)),
+        'positions': positions, 'ratio': round(run['context'] / positions, 2), 'PPL': round(result['ppl'], 3),
+        'delta': None, 'published': published, 'accuracy': round(result['accuracy'], 3),
+        'exact': round(result['exact'], 3), 'CER': round(errors / length, 3) if length else None,
+        'facts': round(result['facts'], 3) if facts else None, 'rest': round(result['rest'], 3) if facts else None,
+        'encoder parameters': sum(p.numel() for p in model.encoder.parameters()), 'KV saved':
+        kv_bytes * (run['context'] + 1 - positions), 'ms': round(milliseconds(model, one, device), 2)}, texts
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description='Evaluate runs: a table, and a passage that each makes anew.')
-    parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a run')
-    parser.add_argument('--data', help='another prepared corpus (default: the one that the run was trained on)')
-    parser.add_argument('--batch_size', type=int, default=16, help='segments at once (default 16)')
-    parser.add_argument('--segments', type=int, help='validation segments (default: all)')
-    parser.add_argument('--workers', type=int, default=0, help='processes that draw pages (default 0)')
-    parser.add_argument('--device', default='auto', help='cpu, cuda, mps (default: cuda where there is one)')
+    parser = argparse.ArgumentParser(description='Evaluate runs: a table, a picture, passages that each makes anew.')
+    add = parser.add_argument
+    add('runs', nargs='*', metavar='RUN', help='folder of a run')
+    add('--data', help='another prepared corpus (default: the one that the run was trained on)')
+    add('--segments', type=int, help='validation segments (default: all)')
+    add('--generate', type=int, default=1, metavar='N', help='passages a run makes anew (default 1)')
+    add('--kept', type=int, help='last context tokens that hold no fact (default: a quarter of the context)')
+    add('--csv', metavar='FILE', help='write the table there as well')
+    add('--plot', metavar='FILE', help='draw it there as well')
+    add('--font', help='font file of the pages (default DejaVuSans.ttf)')
+    add('--font_size', type=int, help='in pixels (default: the largest of 4 to 30 at which the text fits)')
+    add('--line_spacing', type=float, help='in type sizes (default 1.2)')
+    add('--batch_size', type=int, default=16, help='segments at once (default 16)')
+    add('--workers', type=int, default=0, help='processes that draw pages (default 0)')
+    add('--device', default='auto', help='cpu, cuda, mps (default: cuda where there is one)')
+    add('--image', metavar='FILE', help='read this page instead; the other flags say how')
+    add('--model', default='deepseek-ai/DeepSeek-OCR', help='that reads it (default deepseek-ai/DeepSeek-OCR)')
+    add('--vision_mode', help='tiny, small, base, large: pixels of the page (default: base for the released model)')
+    add('--prompt', default='Free OCR.', help='what to do with it (default "Free OCR.")')
+    add('--max_new_tokens', type=int, default=1000, help='to read at most (default 1000)')
     args = parser.parse_args(argv)
-    device, passages = pick_device(args.device), []
-    print('| run | objective | setting | positions | ratio | PPL | accuracy | encoder parameters |\n|' + '---|' * 8)
+    device, rows, passages = pick_device(args.device), [], []
+    if args.image:
+        return read_page(args, device)
+    if not args.runs:
+        parser.error('give a RUN or an --image')
     for folder in args.runs:
-        model, tokenizer, config = load_run(folder, device)
-        run, image_size = config['run'], getattr(model.encoder, 'image_size', None)
-        batches = Batches(args.data or run['data'], 'val', args.batch_size, tokenizer, image_size, limit=args.segments)
-        result = evaluate(model, batches, device, args.workers, progress=True)
-        with torch.no_grad():
-            positions = model.prefix(to_device({k: x[:1] for k, x in batches[0].items()}, device)).shape[1]
-        labels = {**run['settings'], **({'hybrid': run['hybrid']} if run['hybrid'] else {})}
-        setting = ', '.join(f'{name} {value}' for name, value in labels.items() if value != '')
-        parameters = sum(p.numel() for p in model.encoder.parameters())
-        print(f'| {folder} | {run["objective"]} | {setting} | {positions} | {run["context"] / positions:.2f} | '
-              f'{result["ppl"]:.3f} | {result["accuracy"]:.3f} | {parameters:,} |', flush=True)
-        passages.append((folder, *passage(model, batches[0], tokenizer, device), run['objective']))
-    for folder, original, generated, objective in passages:
+        row, texts = row_of(folder, args, device)
+        rows.append(row)
+        passages += [(folder, row['objective'], *pair) for pair in texts]
+    for row in rows:
+        whole = [other['PPL'] for other in rows if other['regime'] == 'text' and other['ratio'] <= 1
+                 and other['objective'] == row['objective']]
+        row['delta'] = round(row['PPL'] - np.mean(whole), 3) if whole else None
+    columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    print('| ' + ' | '.join(columns) + ' |\n|' + '---|' * len(columns))
+    for row in rows:
+        print('| ' + ' | '.join('' if row[name] is None else str(row[name]) for name in columns) + ' |')
+    if args.csv:
+        with open(args.csv, 'w', newline='', encoding='utf-8') as f:
+            csv.DictWriter(f, rows[0]).writeheader()
+            csv.DictWriter(f, rows[0]).writerows(rows)
+    if args.plot:
+        plot(rows, args.plot)
+    for folder, objective, original, generated in passages:
         print(f'\n{folder}', end='')
         show(original, generated, objective)
 

@@ -177,7 +177,10 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
     except ValueError as e:
         raise SystemExit(f'--regime {regime}: {e}')
     tokenizer = tokenizer_of(source)
-    prompt = tokenizer.encode_ordinary(getattr(encoder, 'prompt', ''))
+    prompt = getattr(encoder, 'prompt', '')
+    for special in set(re.findall(r'<\|.*?\|>', prompt)) - tokenizer.special_tokens_set:
+        raise SystemExit(f'--vision_prompt: the tokenizer has no {special}')
+    prompt = tokenizer.encode(prompt, allowed_special='all')
     model = Autoencoder(encoder, decoder, objective, prompt, hybrid)
 
     wanted = {name: list(t.shape) for name, t in released_tensors(model, regime).items() if t.is_meta}

@@ -280,7 +280,7 @@ def main(argv=None):
     if world > 1:
         dist.destroy_process_group()
     if rank == 0:
-        show(*passage(model, val[0], tokenizer, device), args.objective)
+        show(*(texts[0] for texts in passage(model, val[0], tokenizer, device)), args.objective)
         print(f'saved in {out}: python eval.py {out}. For the real model, with DIR from data.py:\n    python train.py '
               f'--regime {args.regime} --objective {args.objective} --data DIR --model deepseek-ai/DeepSeek-OCR')
 

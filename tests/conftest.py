@@ -9,7 +9,7 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
     os.environ['OMP_NUM_THREADS'] = '1'                      # one core for each of the workers
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -59,6 +59,35 @@ def weights(decoder_golden, vision_golden, compressor_golden):
     for old, new in rename:
         found = {k.replace(old, new): v for k, v in found.items()}
     return found
+
+
+@pytest.fixture
+def released(tmp_path, weights):
+    """A folder like DeepSeek-OCR's at the golden sizes: its config.json but smaller, its tensor names, a tokenizer of its kind."""
+    config = json.loads((GOLDENS / 'released_config.json').read_text(encoding='utf-8'))
+    small = dict(hidden_size=64, intermediate_size=176, moe_intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+                 num_key_value_heads=4, n_routed_experts=8, num_experts_per_tok=3, vocab_size=512)
+    config['language_config'].update(small)
+    config.update(small)
+    config['vision_config']['width'] = {
+        'sam_vit_b': {'downsample_channels': [32, 64], 'global_attn_indexes': [1, 3], 'heads': 4, 'layers': 4, 'width': 48},
+        'clip-l-14-224': {'heads': 4, 'image_size': 224, 'layers': 3, 'patch_size': 14, 'width': 64}}
+    folder = tmp_path / 'DeepSeek-OCR'
+    folder.mkdir()
+    (folder / 'config.json').write_text(json.dumps(config), encoding='utf-8')
+    letters = [chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
+    tokenizer = {'pre_tokenizer': {'pretokenizers': [{'type': 'Split', 'pattern': {'Regex': r}} for r in (r'\p{N}{1,3}', 'b', 'c')]},
+                 'added_tokens': [{'content': '<bos>', 'id': 0}, {'content': '<eos>', 'id': 1}, {'content': '<pad>', 'id': 2}],
+                 'model': {'vocab': {c: 3 + i for i, c in enumerate(letters)}, 'merges': []}}
+    (folder / 'tokenizer.json').write_text(json.dumps(tokenizer), encoding='utf-8')
+    tensors = {k: v.bfloat16().contiguous() for k, v in weights.items() if k.startswith(('model.', 'lm_head.'))}
+    names = sorted(tensors)
+    files = {'model-00001-of-000002.safetensors': names[::2], 'model-00002-of-000002.safetensors': names[1::2]}
+    for file, part in files.items():
+        save_file({k: tensors[k] for k in part}, folder / file)
+    index = {'weight_map': {k: file for file, part in files.items() for k in part}}
+    (folder / 'model.safetensors.index.json').write_text(json.dumps(index), encoding='utf-8')
+    return folder
 
 
 def golden_config():

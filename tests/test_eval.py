@@ -1,0 +1,173 @@
+"""The table, the picture, the recall measure, the edit distance, and reading a page."""
+import argparse
+import csv
+import random
+import time
+
+import pytest
+import torch
+from PIL import Image
+import eval as evaluation
+from data import Batches, prepare
+from decoder import Autoencoder
+from load_deepseek import PRESETS, load, save, tokenizer_of
+
+CPU = torch.device('cpu')
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """A corpus and five untrained runs on it, two of them lm with the whole context and with none."""
+    root = tmp_path_factory.mktemp('runs')
+    prepare('pydoc', root / 'data', tokenizer_of('tiny'), 32, 32, 40, 12)
+    for name, regime, objective, settings in (
+            ('whole', 'text', 'lm', {}), ('none', 'text', 'lm', {'text_context_tokens': 0}), ('pool', 'meanpool', 'lm', {}),
+            ('conv', 'conv1d_residual', 'reconstruction', {}), ('page', 'vision', 'reconstruction', {'vision_mode': '128'})):
+        model, _, config = load('tiny', regime, 32, objective, **settings)
+        config['run']['data'] = str(root / 'data')
+        save(model, config, root / name)
+    return root
+
+
+def test_the_table(runs, tmp_path, capsys):
+    names = ['whole', 'none', 'pool', 'conv', 'page']
+    evaluation.main([str(runs / name) for name in names] + ['--csv', str(tmp_path / 'a.csv'), '--plot', str(tmp_path / 'a.png'),
+                                                          '--generate', '3'])
+    out = capsys.readouterr().out
+    with open(tmp_path / 'a.csv', encoding='utf-8') as f:
+        rows = {row['run'].rsplit('/', 1)[1]: row for row in csv.DictReader(f)}
+    assert out.count('--- original') == 15 and all(f'| {rows[name]["PPL"]} |' in out for name in names)
+    assert [rows[name]['positions'] for name in names] == ['33', '1', '10', '10', '8']
+    assert [rows[name]['ratio'] for name in names] == ['0.97', '32.0', '3.2', '3.2', '4.0']
+    assert float(rows['whole']['delta']) == 0 and rows['conv']['delta'] == '' == rows['conv']['facts']
+    assert float(rows['pool']['delta']) == pytest.approx(float(rows['pool']['PPL']) - float(rows['whole']['PPL']), abs=2e-3)
+    # keys and values of 128 channels in 4 layers at 2 bytes, for each position that the memory is shorter
+    assert int(rows['pool']['KV saved']) == (33 - 10) * 2 * 4 * 128 * 2 and float(rows['page']['ms']) > 0
+    assert rows['pool']['encoder parameters'] == '128' and 0 < float(rows['pool']['CER'])
+    with Image.open(tmp_path / 'a.png') as image:
+        assert image.width > 1000
+    result = evaluation.row_of(str(runs / 'page'), arguments(font_size=9), CPU)[0]
+    assert 'font_size 9' in result['setting'] and str(result['PPL']) != rows['page']['PPL']
+
+
+def arguments(**changes):
+    return argparse.Namespace(**dict(data=None, segments=None, generate=0, kept=None, font=None, font_size=None, line_spacing=None,
+                                     batch_size=5, workers=0) | changes)
+
+
+def test_positions_and_ratios_of_the_paper(monkeypatch):
+    """278 and 78 positions take the prompt of four tokens; 252 and 65 none."""
+    monkeypatch.setitem(PRESETS, 'thin', {**PRESETS['tiny'], 'vision_config': {'image_size': 1024, 'width': {
+        'sam_vit_b': {'width': 12, 'layers': 1, 'heads': 1, 'global_attn_indexes': []},
+        'clip-l-14-224': {'width': 16, 'layers': 1, 'heads': 1}}}})
+    batch = {'context': torch.zeros(1, 1000, dtype=torch.long)}
+    for regime, settings, positions, ratio in (
+            ('vision', {'vision_mode': 'base', 'vision_prompt': 'four'}, 278, 3.60), ('meanpool', {}, 252, 3.97),
+            ('vision', {'vision_mode': 'tiny', 'vision_prompt': 'four'}, 78, 12.82),
+            ('conv1d_residual', {'compression_target': 250}, 252, 3.97), ('conv1d_residual', {'compression_target': 63}, 65, 15.38),
+            ('text', {'text_context_tokens': 277}, 278, 3.60), ('meanpool', {'compression_window_size': 100}, 12, 83.33),
+            ('conv1d_residual', {'compression_target': 8}, 10, 100.0)):
+        model, _, _ = load('thin', regime, 1000, **settings)
+        size = getattr(model.encoder, 'image_size', 64)
+        prefix = model.prefix({**batch, 'image': torch.zeros(1, 3, size, size)})
+        assert prefix.shape[1] == positions and round(1000 / positions, 2) == ratio and torch.isfinite(prefix).all()
+        assert ('reconstruction', regime, positions) in evaluation.PUBLISHED or ratio > 80 or regime == 'text'
+
+
+def test_sums_are_over_all_tokens(runs):
+    """Accuracy, exact segments and the two losses of the recall measure by hand, at any batch size."""
+    model, tokenizer, _ = load('tiny', 'meanpool', 32, 'lm')
+    facts = lambda batch: batch['continuation'] % 3 == 0
+    whole = Batches(runs / 'data', 'val', 12, tokenizer)[0]
+    with torch.no_grad():
+        losses, hits, _ = model.eval()(whole)
+    for batch_size in (1, 5, 12):
+        result = evaluation.evaluate(model, Batches(runs / 'data', 'val', batch_size, tokenizer), CPU, facts=facts)
+        expected = (losses.mean(), hits.float().mean(), hits.all(dim=1).float().mean(), losses[facts(whole)].mean(), losses[~facts(whole)].mean())
+        assert [result[k] for k in ('loss', 'accuracy', 'exact', 'facts', 'rest')] == pytest.approx([x.item() for x in expected], abs=1e-5)
+
+
+def test_fact_tokens():
+    tokenizer = tokenizer_of('tiny')
+    ids = lambda text: torch.tensor([tokenizer.encode_ordinary(text)])
+    context = 'the key Ada is 1815, the word zeugma and the Turing of late'
+    continuation = 'so Ada had 1815 the zeugma: Ada, 99 Turing key'
+    mask = evaluation.fact_tokens({'context': ids(context), 'continuation': ids(continuation)}, tokenizer, 14, {b'the', b'key', b'so'})
+    marked = ''.join(c if m else '_' for c, m in zip(continuation, mask[0]))
+    assert marked == '___Ada_____1815_____zeugma____________________'        # known words, late ones and second mentions do not count
+    assert evaluation.words(tokenizer, ids('né a1')[0].tolist()) == [(b'n\xc3\xa9', 0, 3), (b'a1', 4, 6)]
+
+
+def test_edit_distance_and_alignment(capsys):
+    rng = random.Random(0)
+
+    def by_definition(a, b):
+        if not a or not b:
+            return len(a) + len(b)
+        return min(by_definition(a[1:], b) + 1, by_definition(a, b[1:]) + 1, by_definition(a[1:], b[1:]) + (a[0] != b[0]))
+    for _ in range(60):
+        a, b = (''.join(rng.choices('abc', k=rng.randrange(6))) for _ in range(2))
+        assert evaluation.edit_distance(a, b) == by_definition(a, b), (a, b)
+    assert evaluation.edit_distance('kitten', 'sitting') == 3
+    evaluation.show('one\ntwo', 'on\ntwos', 'lm')
+    assert capsys.readouterr().out.splitlines()[-3:] == ['one⏎two·', 'on·⏎twos', '  ^    ^']
+
+
+@pytest.mark.parametrize('mode, vectors', [('tiny', 73), ('small', 111), ('base', 273), ('large', 421)])
+def test_reading_a_page(released, tmp_path, monkeypatch, capsys, mode, vectors):
+    """[BOS], the image's vectors, the prompt's tokens; the small squares stretch the page, the large ones pad it with grey."""
+    Image.new('RGB', (200, 100), (255, 0, 0)).save(tmp_path / 'page.png')
+    seen = {}
+    prefix = Autoencoder.prefix
+
+    def spy(self, batch):
+        x = prefix(self, batch)
+        seen.update(batch=batch, prompt=self.prompt, positions=x.shape[1])
+        return x
+    monkeypatch.setattr(Autoencoder, 'prefix', spy)
+    evaluation.main(['--model', str(released), '--image', str(tmp_path / 'page.png'), '--vision_mode', mode, '--max_new_tokens', '5',
+                     '--prompt', 'Free OCR. '])
+    S = {'tiny': 512, 'small': 640, 'base': 1024, 'large': 1280}[mode]
+    image = seen['batch']['image'][0].permute(1, 2, 0)
+    assert image.shape == (S, S, 3) and seen['batch']['context'].shape == (1, 0)
+    assert seen['prompt'] == tokenizer_of(str(released)).encode_ordinary('\nFree OCR.') and seen['positions'] == 1 + vectors + len(seen['prompt'])
+    assert image[S // 2, S // 2].tolist() == [255, 0, 0]
+    assert image[2, S // 2].tolist() == ([255, 0, 0] if S <= 640 else [127, 127, 127])
+
+
+def test_a_page_that_cannot_be_read(released, tmp_path, runs):
+    (tmp_path / 'empty.png').write_bytes(b'')
+    (tmp_path / 'text.png').write_text('no image')
+    Image.new('1', (30_000, 30_000)).save(tmp_path / 'huge.png')
+    for flags in (['--image', 'empty.png'], ['--image', 'text.png'], ['--image', 'huge.png'], ['--image', 'missing.png'],
+                  ['--image', 'text.png', '--prompt', '<|nothing|>Read.'], ['--image', 'text.png', '--vision_mode', '100']):
+        with pytest.raises(SystemExit) as e:
+            evaluation.main(['--model', str(released), *flags[:1], str(tmp_path / flags[1]), *flags[2:]])
+        said = str(e.value.code)
+        assert '\n' not in said and any(word in said for word in ('no image', '<|nothing|>', 'vision_mode 100')), said
+
+
+def test_generation_is_fast_in_the_length_and_alike_in_any_batch():
+    """1000 tokens with the cache are those without, at least 5 times as fast, and take about 4 times as long as 250."""
+    model, _, _ = load('tiny', 'meanpool', 32)
+    model.eval()
+    model.decoder.config.eos_token_id = -1                                    # no row may end early
+    batch = {'context': torch.randint(3, 259, (8, 32), generator=torch.Generator().manual_seed(0))}
+    one = {'context': batch['context'][:1]}
+
+    def seconds(n):
+        start = time.perf_counter()
+        ids = model.generate(one, n)
+        return time.perf_counter() - start, ids
+    seconds(20)
+    (short, _), (long, ids) = seconds(250), seconds(1000)
+    assert long < 8 * short
+    with torch.no_grad():
+        x = torch.cat([model.prefix(one), model.decoder.embed_tokens(ids[:, :-1])], dim=1)
+        assert model.decoder.logits(model.decoder(x)[0][:, -1000:]).argmax(dim=-1).tolist() == ids.tolist()
+        start = time.perf_counter()
+        for n in range(100, 1000, 100):                                       # what a step would cost without a cache
+            model.decoder(x[:, :n])
+    assert 1000 * (time.perf_counter() - start) / 9 > 5 * long
+    texts = model.generate(batch, 40)
+    assert all(torch.equal(texts[i], model.generate({'context': batch['context'][i:i + 1]}, 40)[0]) for i in range(8))
