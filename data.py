@@ -19,6 +19,7 @@ import re
 import shutil
 import sysconfig
 from collections import Counter
+from functools import lru_cache
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -93,9 +94,19 @@ def documents(source, field, counts):
         yield texts.get(field, '')
 
 
+@lru_cache
+def bytes_without_token(tokenizer):
+    """A vocabulary need not have all bytes; tiktoken panics at what it cannot spell."""
+    return bytes(set(range(256)) - {token[0] for token in tokenizer.token_byte_values() if len(token) == 1})
+
+
 def encode(tokenizer, text):
-    """Text to token ids (n,) uint32. What UTF-8 cannot hold (a lone surrogate) becomes '?'."""
-    pieces = PIECE.findall(text.encode('utf-8', errors='replace').decode('utf-8')) or ['']
+    """Text to token ids (n,) uint32. What UTF-8 cannot hold (a lone surrogate) becomes '?'. Raises ValueError."""
+    raw = text.encode('utf-8', errors='replace')
+    lacking = bytes_without_token(tokenizer)
+    if len(raw.translate(None, lacking)) < len(raw):
+        raise ValueError(f'a text has bytes that the tokenizer {tokenizer.name} has no token for, some of {lacking}')
+    pieces = PIECE.findall(raw.decode('utf-8')) or ['']
     return np.concatenate([tokenizer.encode_to_numpy(piece, disallowed_special=()) for piece in pieces])
 
 
@@ -109,7 +120,10 @@ def encode_all(tokenizer, texts):
                 room -= len(text)
             if not batch:
                 return
-            yield from zip(batch, pool.map(lambda text: encode(tokenizer, text), batch))
+            try:
+                yield from zip(batch, pool.map(lambda text: encode(tokenizer, text), batch))
+            except ValueError as e:
+                raise SystemExit(str(e))
 
 
 def fingerprint(tokenizer):

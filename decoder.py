@@ -38,6 +38,7 @@ class DecoderConfig:
     aux_loss_alpha: float = 0.001           # weight of the balance loss
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False       # the embedding is the output matrix too
     bos_token_id: int = 0
     eos_token_id: int = 1
     vision: object = None                   # encoders.VisionConfig
@@ -193,7 +194,8 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for p in self.parameters():
             if p.dim() > 1:
                 nn.init.normal_(p, std=0.02 * (1280 / config.hidden_size) ** 0.5)         # 0.02 at DeepSeek-OCR's width
@@ -228,7 +230,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden):
         """(..., D) -> fp32 (..., V)"""
-        return self.lm_head(hidden).float()
+        return F.linear(hidden, (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight).float()
 
     def token_losses(self, hidden, target, rows=None):
         """hidden (B, T, D), target ids (B, T) -> cross-entropy in nats, whether the likeliest token is right (B, T).

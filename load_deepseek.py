@@ -40,14 +40,15 @@ PRESETS = {'full': {}, 'tiny': {
         'clip-l-14-224': {'width': 128, 'layers': 4, 'heads': 4}}}}}
 VISION = ('model.sam_model.', 'model.vision_model.', 'model.projector.', 'model.image_newline', 'model.view_seperator')
 
-# tokenizer.json cuts text in three passes: digits, runs of Chinese or kana (K), then the rest. As one pattern, what a
-# later pass would take must stop where an earlier one has cut; and the last alternative takes what no pass matches
-# (controls, joiners), because tiktoken would drop it.
-PATTERN = '|'.join([
+# tokenizer.json cuts text in passes. DeepSeek's: digits, runs of Chinese or kana (K), the rest; SmolLM2's: single digits,
+# the rest as GPT-2. As one pattern, what a later pass would take must stop where an earlier one has cut; and DeepSeek's
+# last alternative takes what no pass matches (controls, joiners), because tiktoken would drop it.
+PATTERNS = {'deepseek': '|'.join([
     r'\p{N}{1,3}', r'[K]+', r'[!"#$%&\'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+',
     r'[^\r\n\p{L}\p{P}\p{S}]?[[\p{L}\p{M}]--[K]]+', r' ?[[\p{P}\p{S}]--[K]]+[\r\n]*', r'\s*[\r\n]+',
     r'\s+(?![^\s\p{N}K])', r'\s+', r'[^\s\p{L}\p{M}\p{N}\p{P}\p{S}K]+(?![[\p{L}\p{M}]--[K]])',
-]).replace('K', r'\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff')
+]).replace('K', r'\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff'),
+    'smollm2': r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"}
 
 
 def read_json(path):
@@ -67,21 +68,23 @@ def optional(name):
 
 
 def load_tokenizer(path):
-    """tokenizer.json of DeepSeek-OCR (or another of the V3 family) as a tiktoken.Encoding with the same ids.
+    """tokenizer.json of DeepSeek-OCR (the V3 family) or SmolLM2 as a tiktoken.Encoding with the same ids.
 
     A merge's rank is the id that it makes, so the vocabulary alone defines the encoding. encode_ordinary takes a
     special string in a text, like <image>, for plain text; Hugging Face's would not. SystemExit for another family.
     """
     spec = read_json(path)
-    if r'{"Regex": "\\p{N}{1,3}"}' not in json.dumps(spec.get('pre_tokenizer')):
-        raise SystemExit(f'{path}: not a tokenizer of the DeepSeek-V3 family')
+    cuts = json.dumps(spec.get('pre_tokenizer'))
+    name = 'deepseek' if r'"\\p{N}{1,3}"' in cuts else 'smollm2' if '"individual_digits": true' in cuts else None
+    if name is None:
+        raise SystemExit(f'{path}: not a tokenizer of the DeepSeek-V3 family or of SmolLM2')
     special = {token['content']: token['id'] for token in spec['added_tokens']}
     # Byte-level BPE spells bytes as printable characters: printable ones as themselves, the others from U+0100 on.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = sorted(set(range(256)) - set(printable))
     byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
     ranks = {bytes(byte[c] for c in token): i for token, i in spec['model']['vocab'].items() if token not in special}
-    return tiktoken.Encoding('deepseek', pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=ranks, special_tokens=special)
 
 
 def tokenizer_of(source):
@@ -107,6 +110,8 @@ def sizes_from(config, shape=lambda name, default: default):
     is silent or stale about: SAM's neck, CLIP's MLP."""
     language = config.get('language_config', config)
     sizes = DecoderConfig(**{f.name: language[f.name] for f in fields(DecoderConfig) if f.name in language})
+    if language.get('model_type') == 'llama':  # the same decoder without experts
+        sizes.n_routed_experts = 0
     if 'vision_config' in config:
         sam, clip = (config['vision_config']['width'][name] for name in ('sam_vit_b', 'clip-l-14-224'))
         neck = shape('model.sam_model.neck.0.weight', [clip['width'] // 4])[0]
@@ -168,7 +173,7 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
         raise SystemExit(f'--hybrid_text_tokens {hybrid}: not between 0 and the context length {context}')
     shape = lambda name, default=None: files[name].get_slice(name).get_shape() if name in files else default
     sizes = sizes_from(config, shape)
-    has_encoder = bool(files) and (run['regime'] == regime if run else regime == 'vision' and 'vision_config' in config)
+    has_encoder = any(name.startswith(VISION if regime == 'vision' else f'{regime}.') for name in files)
     with torch.device('meta' if files else device):
         decoder = Decoder(sizes).to(dtype)
     try:
@@ -188,7 +193,7 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
     skipped = {name for name in files if name not in wanted and name.startswith(other)}
     if skipped:
         print(f'{source}: left out {len(skipped)} tensors of another encoder ({min(skipped)} ...)')
-    if files and not has_encoder:
+    if files and not has_encoder and next(encoder.parameters(), None) is not None:
         print(f'{source}: no {regime} encoder there, so it starts anew')
     for name in sorted(wanted.keys() | files.keys() - skipped):
         if (has := shape(name, 'missing')) != (wants := wanted.get(name, 'no such')):

@@ -8,7 +8,7 @@ from conftest import GOLDENS, golden_model
 from encoders import ENCODERS
 from load_deepseek import load, load_run, main, read_json, released_tensors, save, sizes_from
 from safetensors.torch import load_file, save_file
-from decoder import Autoencoder, Decoder
+from decoder import Autoencoder, Decoder, DecoderConfig
 
 
 @pytest.mark.parametrize('regime', ENCODERS)
@@ -67,6 +67,25 @@ def test_full_size_names_and_shapes():
     for target, expected in ((500, 13_113_600), (125, 39_338_240), (32, 65_562_880)):
         with torch.device('meta'):
             assert count(ENCODERS['conv1d_residual'](sizes, 1000, compression_target=target)) == expected
+
+
+def test_llama_is_the_same_decoder(tmp_path):
+    """Dense layers, tied embeddings and shared key/value heads: as the untied model with these heads repeated, and bit-exact both ways."""
+    config = dict(model_type='llama', hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, intermediate_size=64,
+                  vocab_size=259, rms_norm_eps=1e-5, rope_theta=1e5, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
+    sizes = sizes_from(config)
+    assert (sizes.n_routed_experts, sizes.rope_theta, sizes.bos_token_id) == (0, 1e5, 1) and DecoderConfig().n_routed_experts == 64
+    tied, full = Decoder(sizes), Decoder(sizes_from({**config, 'tie_word_embeddings': False, 'num_key_value_heads': 6}))
+    weights = {k: v.unflatten(0, (2, 8)).repeat_interleave(3, dim=0).flatten(0, 1) if 'k_proj' in k or 'v_proj' in k else v
+               for k, v in tied.state_dict().items()}
+    full.load_state_dict({**weights, 'lm_head.weight': weights['embed_tokens.weight']})
+    x = torch.randn(2, 9, 48)
+    assert torch.allclose(tied.logits(tied(x)[0]), full.logits(full(x)[0]), atol=1e-5)
+    save(Autoencoder(ENCODERS['text'](sizes, 8), tied), {**config, 'run': {'regime': 'text', 'tokenizer': 'bytes'}}, tmp_path / 'llama')
+    model, _, again = load(str(tmp_path / 'llama'), 'meanpool', 8)
+    assert 'lm_head.weight' not in load_file(next((tmp_path / 'llama').glob('*.safetensors')))
+    assert all(torch.equal(a, b) for a, b in zip(tied.parameters(), model.decoder.parameters(), strict=True))
+    assert model({'context': torch.full((1, 8), 5)})[0].shape == (1, 8)
 
 
 def edit(released, change):

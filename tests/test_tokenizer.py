@@ -67,6 +67,25 @@ def test_bytes():
         assert tokenizer.decode(ids) == text
 
 
+def test_smollm2s_kind(tmp_path):
+    """Single digits, then GPT-2's cuts, over a vocabulary that lacks some bytes, which are refused."""
+    hf = tokenizers.Tokenizer(tokenizers.models.BPE())
+    hf.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.Digits(individual_digits=True),
+                                                           tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    texts = [text for text in NASTY if '\x7f' not in text] + ["I'll say we're 12 or 345, isn't it?  Don't 'tis  7 "] * 9
+    hf.train_from_iterator(texts * 3, tokenizers.trainers.BpeTrainer(vocab_size=600, special_tokens=['<|endoftext|>', '<|im_start|>']))
+    hf.save(str(tmp_path / 'tokenizer.json'))
+    ours = load_tokenizer(tmp_path / 'tokenizer.json')
+    assert ours.name == 'smollm2'
+    rng = random.Random(0)
+    letters = [c for c in ''.join(texts) if c != '|'] + list("012 's  \n")
+    for text in texts + [''.join(rng.choices(letters, k=rng.randrange(1, 30))) for _ in range(1000)]:
+        if '<|' not in text:
+            assert ours.encode_ordinary(text) == theirs(hf, text), repr(text)
+    with pytest.raises(ValueError, match='has no token for'):
+        encode(ours, 'a\x7f')
+
+
 def test_another_family_is_refused(tmp_path):
     for content in ('{}', 'no json', '{"pre_tokenizer": {"pretokenizers": []}, "model": {"vocab": {}, "merges": []}, "added_tokens": []}'):
         (tmp_path / 'tokenizer.json').write_text(content, encoding='utf-8')
