@@ -96,10 +96,14 @@ def evaluate(model, batches, device, workers=0, rank=0, world=1, progress=False,
     with facts(batch) -> bool (B, T), 'facts' and 'rest' are the losses where it is true and where not."""
     sums, training = torch.zeros(7, dtype=torch.float64), model.training
     model.eval()
-    loader = DataLoader(batches, batch_size=None, sampler=range(rank, len(batches), world), num_workers=workers)
-    for batch in tqdm(loader, disable=not progress, leave=False):
+    share = range(rank, rank + world * -(-len(batches) // world), world)      # as many for each: shards work together
+    sampler = [min(n, len(batches) - 1) for n in share]
+    loader = DataLoader(batches, batch_size=None, sampler=sampler, num_workers=workers)
+    for n, batch in zip(share, tqdm(loader, disable=not progress, leave=False)):
         with autocast(device):
             losses, hit, _ = model(to_device(batch, device))
+        if n >= len(batches):
+            break
         losses, mask = losses.double().cpu(), facts(batch) if facts else torch.zeros(hit.shape, dtype=torch.bool)
         sums += torch.tensor([losses.sum(), hit.sum(), hit.all(dim=1).sum(), losses[mask].sum(), hit.numel(), len(hit),
                               mask.sum()])

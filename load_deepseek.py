@@ -26,6 +26,7 @@ import huggingface_hub
 import safetensors.torch
 import tiktoken
 import torch
+from torch.distributed.tensor import DTensor
 
 from decoder import Autoencoder, Decoder, DecoderConfig
 from encoders import ENCODERS, VisionConfig, settings_of
@@ -40,8 +41,8 @@ PRESETS = {'full': {}, 'tiny': {
         'clip-l-14-224': {'width': 128, 'layers': 4, 'heads': 4}}}}}
 VISION = ('model.sam_model.', 'model.vision_model.', 'model.projector.', 'model.image_newline', 'model.view_seperator')
 
-# tokenizer.json cuts text in passes. DeepSeek's: digits, runs of Chinese or kana (K), the rest; SmolLM2's: single digits,
-# the rest as GPT-2. As one pattern, what a later pass would take must stop where an earlier one has cut; and DeepSeek's
+# tokenizer.json cuts text in passes. DeepSeek's: digits, runs of Chinese or kana (K), the rest; SmolLM2's: single
+# digits, the rest as GPT-2. As one pattern, what a later pass would take must stop where an earlier one has cut; and DeepSeek's
 # last alternative takes what no pass matches (controls, joiners), because tiktoken would drop it.
 PATTERNS = {'deepseek': '|'.join([
     r'\p{N}{1,3}', r'[K]+', r'[!"#$%&\'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+',
@@ -143,13 +144,14 @@ def released_tensors(model, regime):
     tensors = {}
     for name, p in model.named_parameters():
         part, rest = name.split('.', 1)
+        p = p.detach() if not isinstance(p, DTensor) else p.full_tensor().detach()          # of shards (FSDP): a copy
         if part == 'encoder':
-            tensors[f'model.{rest}' if regime == 'vision' else f'{regime}.{rest}'] = p.detach()
+            tensors[f'model.{rest}' if regime == 'vision' else f'{regime}.{rest}'] = p
         elif '.experts.' in rest:
-            for e, expert in enumerate(p.detach()):
+            for e, expert in enumerate(p):
                 tensors[f'model.{rest.replace("experts.", f"experts.{e}.")}.weight'] = expert
         else:
-            tensors[rest if rest.startswith('lm_head') else f'model.{rest}'] = p.detach()
+            tensors[rest if rest.startswith('lm_head') else f'model.{rest}'] = p
     return tensors
 
 
@@ -231,14 +233,14 @@ def write_aside(path, write):
     temporary.replace(path)
 
 
-def save(model, config, folder, step=0, source=None):
-    """Write a model, in the dtype that it has, and the config that load() gave with it, as a checkpoint folder.
+def save(tensors, config, folder, step=0, source=None):
+    """Write released_tensors(), in the dtype that they have, and load()'s config as a checkpoint folder.
 
     The file of weights is named after the step, so that the index, written last, goes from one whole checkpoint to the
     next in a single rename. The tokenizer and the modelling code of the folder `source` are copied along.
     """
     folder, name = Path(folder), f'model-{step:08d}.safetensors'
-    tensors = {k: t.contiguous().cpu() for k, t in released_tensors(model, config['run']['regime']).items()}
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     index = {'metadata': {'total_size': sum(t.nbytes for t in tensors.values()), 'step': step},
              'weight_map': dict.fromkeys(tensors, name)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -257,7 +259,7 @@ def main(argv=None):
     if Path(args.export).exists():
         raise SystemExit(f'{args.export}: exists already')
     model, _, config = load_run(args.run, dtype=torch.bfloat16)
-    save(model, config, args.export, source=args.run)
+    save(released_tensors(model, config['run']['regime']), config, args.export, source=args.run)
     print(f'{args.export}: written in bf16')
 
 

@@ -21,6 +21,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_optimizer_state_dict,
+                                                     set_optimizer_state_dict)
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,7 +32,8 @@ from data import Batches, open_corpus, prepare
 from decoder import OBJECTIVES
 from encoders import ENCODERS, settings_of
 from eval import autocast, evaluate, passage, pick_device, show, to_device
-from load_deepseek import PRESETS, fetch, load, optional, read_json, save, tokenizer_of, write_aside
+from load_deepseek import (PRESETS, fetch, load, optional, read_json, released_tensors, save, tokenizer_of,
+                           write_aside)
 
 # Where the tiny model departs from the defaults, which follow the paper.
 TINY = dict(steps=700, gradient_accumulation_steps=1, learning_rate=3e-3, beta2=0.95, log_steps=20, eval_steps=200)
@@ -82,6 +86,7 @@ def parse_args(argv=None):
     flag('optimizer', str, 'adamw', 'adafactor keeps little state', choices=('adamw', 'adafactor'))
     flag('weights', str, 'fp32', "as they are trained; bf16 is the authors'", choices=('fp32', 'bf16'))
     flag('grad_checkpoint', bool, False, 'compute activations twice instead of keeping them', action='store_true')
+    flag('fsdp', bool, False, 'shard weights, gradients and optimiser among the processes', action='store_true')
     flag('compile', bool, None, 'torch.compile (default: on CUDA)', action=argparse.BooleanOptionalAction)
     flag('device', str, 'auto', 'cpu, cuda, mps; auto is cuda where there is one')
     flag('workers', int, None, 'processes that prepare batches (default: 2 on CUDA or to draw pages, else 0)')
@@ -135,24 +140,32 @@ def training_flops(model, batch, device):
     return 3 * (counter.get_total_flops() + model.decoder.forward_flops(positions + targets, targets))
 
 
-def save_run(out, step, model, optimizer, config, state, source):
-    """Write optimiser and weights under new names; the index, renamed last, makes them the run's. Drop the old ones."""
-    state = {**state, 'optimizer': optimizer.state_dict(), 'rng': torch.get_rng_state()}
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)              # an optimiser's state, shards joined
+
+
+def save_run(out, step, model, optimizer, config, best, source, write):
+    """Write optimiser and weights under new names; the index, renamed last, makes them the run's. Drop the old ones.
+    All processes call it, as shards must be put together; the one that is to `write` does."""
+    state = {'best': best, 'optimizer': get_optimizer_state_dict(model, optimizer, options=WHOLE),
+             'rng': torch.get_rng_state()}
+    tensors = released_tensors(model, config['run']['regime'])
+    if not write:
+        return
     write_aside(out / f'trainer-{step:08d}.pt', lambda path: torch.save(state, path))
-    save(model, config, out, step, source)
+    save(tensors, config, out, step, source)
     for old in [*out.glob('model-*.safetensors'), *out.glob('trainer-*.pt')]:
         if f'-{step:08d}.' not in old.name:
             old.unlink()
 
 
-def restore(out, optimizer):
+def restore(out, model, optimizer):
     """Put a run's optimiser and random state back -> its step and best loss. Raises SystemExit for a damaged file."""
     step = read_json(out / 'model.safetensors.index.json')['metadata']['step']
     try:
         state = torch.load(out / f'trainer-{step:08d}.pt', weights_only=True)
     except Exception as e:                     # torch.load raises a dozen kinds
         raise SystemExit(f'{out}/trainer-{step:08d}.pt: missing or damaged ({type(e).__name__})')
-    optimizer.load_state_dict(state['optimizer'])
+    set_optimizer_state_dict(model, optimizer, state['optimizer'], options=WHOLE)
     torch.set_rng_state(state['rng'])
     return step, state['best']
 
@@ -180,7 +193,7 @@ def main(argv=None):
     kept = {name: value for name, value in vars(args).items() if name not in ('model', 'output_dir', 'resume')}
     world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))      # torchrun sets them
     out, device = Path(args.output_dir), pick_device(args.device, int(os.environ.get('LOCAL_RANK', 0)))
-    G, on_cuda = args.gradient_accumulation_steps, device.type == 'cuda'
+    G, on_cuda, fsdp = args.gradient_accumulation_steps, device.type == 'cuda', args.fsdp and world > 1
     if (out / 'config.json').exists() and not args.resume:
         raise SystemExit(f'{out}: holds a run; --resume goes on with it, --output_dir puts this one elsewhere')
     if G % world:
@@ -207,6 +220,13 @@ def main(argv=None):
     train, some, val = side('train'), side('val', args.eval_segments), side('val')
     workers = (2 if image_size or on_cuda else 0) if args.workers is None else args.workers
     args.steps = args.steps or -(-len(train) // G)
+    step_flops = args.batch_size * G * training_flops(model, train[0], device)
+    count = lambda part: sum(p.numel() for p in part.parameters())
+    sizes = f'encoder {count(model.encoder):,}', f'decoder {count(model.decoder):,}'
+    if fsdp:
+        for layer in [*model.decoder.layers, model]:
+            fully_shard(layer, reshard_after_forward=True)
+        register_fsdp_forward_method(model, 'generate')
     pretrained_vision = args.regime == 'vision' and config['run']['pretrained_encoder']
     encoder_lr = args.encoder_lr if args.encoder_lr is not None else 1e-5 if pretrained_vision else args.learning_rate
     groups = [{'params': [p for p in part.parameters() if p.requires_grad], 'peak': rate}
@@ -214,15 +234,13 @@ def main(argv=None):
     groups = [group for group in groups if group['params']]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True) \
         if args.optimizer == 'adamw' else torch.optim.Adafactor(groups, weight_decay=args.weight_decay)
-    start, best = restore(out, optimizer) if args.resume else (0, math.inf)
+    start, best = restore(out, model, optimizer) if args.resume else (0, math.inf)
     out.mkdir(parents=True, exist_ok=True)
     log = open_log(args, start) if rank == 0 else lambda *_, **__: None
-    step_flops = args.batch_size * G * training_flops(model, train[0], device)
     if rank == 0:
-        count = lambda part: sum(p.numel() for p in part.parameters())
-        print(f'{out}: {args.regime} {config["run"]["settings"]}, {args.objective}; encoder {count(model.encoder):,} '
-              f'parameters at {encoder_lr:g}, decoder {count(model.decoder):,} at {args.learning_rate:g}; '
-              f'{train.n:,} segments; {step_flops / 1e12:.3g} TFLOP a step; on {world} x {device.type}')
+        print(f'{out}: {args.regime} {config["run"]["settings"]}, {args.objective}; {sizes[0]} parameters at '
+              f'{encoder_lr:g}, {sizes[1]} at {args.learning_rate:g}; {train.n:,} segments; '
+              f'{step_flops / 1e12:.3g} TFLOP a step; on {world} x {device.type}')
 
     # ---- training: batch n is a function of seed and n alone, so a step number is all that there is to resume from
     stop = []
@@ -231,7 +249,8 @@ def main(argv=None):
     mine = range(start * G + rank, args.steps * G, world)         # each process has its share of the micro-batches
     batches = iter(DataLoader(train, batch_size=None, sampler=mine, num_workers=workers, pin_memory=on_cuda))
     forward = torch.compile(model, dynamic=False) if (on_cuda if args.compile is None else args.compile) else model
-    forward = DistributedDataParallel(forward) if world > 1 else forward
+    forward = DistributedDataParallel(forward) if world > 1 and not fsdp else forward
+    by_itself = args.optimizer == 'adamw' and not fsdp
     clock, clock_step, skipped = time.time(), start, torch.zeros((), device=device)
     peak = next((peak for name, peak in PEAK.items() if on_cuda and name in torch.cuda.get_device_name(device)), None)
     model.train()
@@ -241,16 +260,19 @@ def main(argv=None):
         loss = 0.0
         for micro in range(G // world):
             forward.require_backward_grad_sync = micro == G // world - 1                    # of DistributedDataParallel
+            if fsdp:
+                model.set_requires_gradient_sync(micro == G // world - 1)
             with autocast(device):
                 losses, _, balance_loss = forward(to_device(next(batches), device))
             ((losses.mean() + balance_loss) / (G // world)).backward()
             loss = loss + losses.detach().mean() / (G // world)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        norm = norm.full_tensor() if fsdp else norm
         finite = torch.isfinite(norm)
         skipped = torch.where(finite, 0.0, skipped + 1)           # steps in a row without an update; read with the log
-        if args.optimizer == 'adamw':
+        if by_itself:
             optimizer.found_inf = (~finite).float()               # where it is 1, fused AdamW leaves all as it was
-        if args.optimizer == 'adamw' or finite:                   # asking Adafactor's question makes the host wait
+        if by_itself or finite:                                   # what others must be told makes the host wait
             optimizer.step()
         optimizer.zero_grad()
 
@@ -271,16 +293,17 @@ def main(argv=None):
             result = evaluate(model, val if last else some, device, workers, rank, world)
             best = min(best, result['loss'])
             log(step, **{f'val_{k}': v for k, v in result.items()}, best_val_loss=best)
-        if rank == 0 and (step % args.save_steps == 0 or last or stop):
+        if step % args.save_steps == 0 or last or stop:
             source = None if args.model in PRESETS or args.resume else fetch(args.model)
-            save_run(out, step, model, optimizer, config, {'best': best}, source)
+            save_run(out, step, model, optimizer, config, best, source, write=rank == 0)
         if stop and not last:
             print(f'stopped and saved at step {step}; --resume goes on')
             return
+    texts = passage(model, val[0], tokenizer, device)
     if world > 1:
         dist.destroy_process_group()
     if rank == 0:
-        show(*(texts[0] for texts in passage(model, val[0], tokenizer, device)), args.objective)
+        show(texts[0][0], texts[1][0], args.objective)
         print(f'saved in {out}: python eval.py {out}. For the real model, with DIR from data.py:\n    python train.py '
               f'--regime {args.regime} --objective {args.objective} --data DIR --model deepseek-ai/DeepSeek-OCR')
 

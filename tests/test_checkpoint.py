@@ -27,13 +27,13 @@ def test_load_gives_the_released_weights(released, weights, regime, capsys):
 @pytest.mark.parametrize('regime', ENCODERS)
 def test_load_save_load_is_bit_exact(released, tmp_path, regime, dtype):
     model, _, config = load(str(released), regime, 1000, 'lm', 5, dtype=dtype)
-    save(model, config, tmp_path / 'run', source=released)
+    save(released_tensors(model, config['run']['regime']), config, tmp_path / 'run', source=released)
     again, tokenizer, config_again = load_run(tmp_path / 'run', dtype=dtype)
     assert tokenizer.name == 'deepseek' and again.objective == 'lm' and again.hybrid == 5
     assert config_again['run'] == config['run']
     for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert a.dtype == b.dtype == dtype and torch.equal(a, b), name
-    save(again, config_again, tmp_path / 'twice', source=tmp_path / 'run')
+    save(released_tensors(again, config_again['run']['regime']), config_again, tmp_path / 'twice', source=tmp_path / 'run')
     for file in (tmp_path / 'run').iterdir():
         assert file.read_bytes() == (tmp_path / 'twice' / file.name).read_bytes(), file.name
 
@@ -41,7 +41,7 @@ def test_load_save_load_is_bit_exact(released, tmp_path, regime, dtype):
 def test_export_is_the_released_checkpoint(released, tmp_path):
     """load and export of the vision model give back every released tensor, bit by bit, under its name."""
     model, _, config = load(str(released), 'vision', 1000)
-    save(model, config, tmp_path / 'run', source=released)
+    save(released_tensors(model, config['run']['regime']), config, tmp_path / 'run', source=released)
     main([str(tmp_path / 'run'), '--export', str(tmp_path / 'ocr')])
     index = read_json(tmp_path / 'ocr' / 'model.safetensors.index.json')['weight_map']
     ours = load_file(tmp_path / 'ocr' / next(iter(index.values())))
@@ -81,7 +81,7 @@ def test_llama_is_the_same_decoder(tmp_path):
     full.load_state_dict({**weights, 'lm_head.weight': weights['embed_tokens.weight']})
     x = torch.randn(2, 9, 48)
     assert torch.allclose(tied.logits(tied(x)[0]), full.logits(full(x)[0]), atol=1e-5)
-    save(Autoencoder(ENCODERS['text'](sizes, 8), tied), {**config, 'run': {'regime': 'text', 'tokenizer': 'bytes'}}, tmp_path / 'llama')
+    save(released_tensors(Autoencoder(ENCODERS['text'](sizes, 8), tied), 'text'), {**config, 'run': {'regime': 'text', 'tokenizer': 'bytes'}}, tmp_path / 'llama')
     model, _, again = load(str(tmp_path / 'llama'), 'meanpool', 8)
     assert 'lm_head.weight' not in load_file(next((tmp_path / 'llama').glob('*.safetensors')))
     assert all(torch.equal(a, b) for a, b in zip(tied.parameters(), model.decoder.parameters(), strict=True))
@@ -139,7 +139,7 @@ def test_broken_folders_are_refused(released, tmp_path):
 def test_another_regime_from_a_run(tmp_path, capsys):
     """The decoder is kept, the other encoder left out with one line, and a new one that starts anew is said to."""
     model, _, config = load('tiny', 'conv1d_residual', 128)
-    save(model, config, tmp_path / 'conv')
+    save(released_tensors(model, config['run']['regime']), config, tmp_path / 'conv')
     other, _, config = load(str(tmp_path / 'conv'), 'meanpool', 128)
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and 'left out 13 tensors' in said[0] and 'no meanpool encoder there' in said[1]

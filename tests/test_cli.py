@@ -9,7 +9,7 @@ import eval as evaluation
 import render
 import train
 from conftest import ROOT
-from load_deepseek import load, save
+from load_deepseek import load, released_tensors, save
 
 LONG = 'A line of text that is there to be cut into segments.\n' * 60
 
@@ -88,7 +88,7 @@ def test_corpora(here, capsys):
 def test_eval_and_render(here, capsys):
     refused(capsys, evaluation.main, 'nowhere', 'nowhere')
     model, _, config = load('tiny', 'meanpool', 128)
-    save(model, {k: v for k, v in config.items() if k != 'run'} | {'run': config['run']}, here / 'run')
+    save(released_tensors(model, 'meanpool'), config, here / 'run')
     (here / 'run' / 'config.json').write_text(json.dumps({'language_config': {}}), encoding='utf-8')
     refused(capsys, evaluation.main, 'run', 'not a run')
     refused(capsys, render.main, 'nowhere.txt', 'nowhere.txt')

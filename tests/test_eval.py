@@ -10,7 +10,7 @@ from PIL import Image
 import eval as evaluation
 from data import Batches, prepare
 from decoder import Autoencoder
-from load_deepseek import PRESETS, load, save, tokenizer_of
+from load_deepseek import PRESETS, load, released_tensors, save, tokenizer_of
 
 CPU = torch.device('cpu')
 
@@ -25,7 +25,7 @@ def runs(tmp_path_factory):
             ('conv', 'conv1d_residual', 'reconstruction', {}), ('page', 'vision', 'reconstruction', {'vision_mode': '128'})):
         model, _, config = load('tiny', regime, 32, objective, **settings)
         config['run']['data'] = str(root / 'data')
-        save(model, config, root / name)
+        save(released_tensors(model, config['run']['regime']), config, root / name)
     return root
 
 

@@ -62,19 +62,22 @@ def test_steps_that_are_not_finite_are_skipped_and_many_stop_the_run(corpus, tmp
     assert all(torch.isfinite(p).all() for p in load_run(tmp_path / 'b')[0].parameters())
 
 
-def test_two_processes_train_as_one(corpus, tmp_path):
+@pytest.mark.parametrize('shards', [[], ['--fsdp']])
+def test_two_processes_train_as_one(corpus, tmp_path, shards):
     flags = [*FLAGS, '--data', corpus, '--steps', '20', '--eval_steps', '10']
     train.main([*flags, '--output_dir', str(tmp_path / 'one')])
     with socket.socket() as s:
         s.bind(('localhost', 0))
         port = str(s.getsockname()[1])
-    command = [sys.executable, str(ROOT / 'train.py'), *flags, '--output_dir', str(tmp_path / 'two')]
+    command = [sys.executable, str(ROOT / 'train.py'), *flags, *shards, '--output_dir', str(tmp_path / 'two')]
     world = {**os.environ, 'OMP_NUM_THREADS': '1', 'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': port}   # as torchrun does
     both = [subprocess.Popen(command, env={**world, 'RANK': str(rank)}, stderr=subprocess.PIPE, text=True) for rank in range(2)]
     for process in both:
         assert process.wait(120) == 0, process.stderr.read()[-2000:]
+    for out in ('one', 'two'):                                                                   # one process may go on with both
+        train.main(['--resume', '--output_dir', str(tmp_path / out), '--steps', '22'])
     one, two = read(tmp_path / 'one'), read(tmp_path / 'two')
-    assert len(one) == len(two) == 22
+    assert len(one) == len(two) == 25
     for a, b in zip(one, two):
         for key in {'loss', 'val_loss', 'grad_norm'} & a.keys():
             assert a[key] == pytest.approx(b[key], abs=1e-5)

@@ -169,7 +169,7 @@ def test_a_new_encoder_is_a_class_and_a_line(corpus, tmp_path, capsys, monkeypat
     monkeypatch.setitem(encoders.ENCODERS, 'stride', Stride)
     run(corpus, tmp_path / 'run', '--regime', 'stride', '--keep_every', '8', steps=2)
     evaluation.main([str(tmp_path / 'run'), '--segments', '4'])
-    assert 'keep_every 8 | 5 | 6.40 |' in capsys.readouterr().out                                  # BOS and 4 of 32 tokens
+    assert 'keep_every 8 | 5 | 6.4 |' in capsys.readouterr().out                                  # BOS and 4 of 32 tokens
     model, _, config = load_run(tmp_path / 'run')
     assert config['run']['settings'] == {'keep_every': 8} and not torch.equal(model.encoder.scale, torch.ones(128))
     assert 'stride.scale' in read_json(tmp_path / 'run' / 'model.safetensors.index.json')['weight_map']
