@@ -31,7 +31,7 @@ from tqdm import tqdm
 from load_deepseek import optional, read_json, tokenizer_of
 from render import render_page
 
-KINDS = re.compile(r'(\.txt|\.md|\.py|\.jsonl|\.parquet)(\.xz)?$')
+KINDS = re.compile(r'\.parquet$|\.(jsonl|txt|md|py)(\.xz)?$')
 # A piece of a text, cut behind a line end where there is one: millions of characters alike, given to the tokenizer at
 # once, would overflow its stack.
 PIECE = re.compile(r'(?s).{1,100000}(?:(?<=\n)|\Z)|.{1,100000}')
@@ -49,7 +49,8 @@ def find_files(source):
         except Exception as e:                 # the hub's client raises whatever its transport does
             raise SystemExit(f'finewiki: not to be had from the data hub ({type(e).__name__})')
     root = Path(sysconfig.get_paths()['stdlib'] if source == 'stdlib' else source)
-    files = [path for path in ([root] if root.is_file() else sorted(root.rglob('*'))) if KINDS.search(path.name)]
+    files = [path for path in ([root] if root.is_file() else sorted(root.rglob('*')))
+             if KINDS.search(path.name) and path.is_file()]
     if source == 'stdlib':
         files = [path for path in files if path.suffix == '.py' and 'site-packages' not in path.parts]
     if not files:
@@ -57,41 +58,44 @@ def find_files(source):
     yield from files
 
 
-def records(source, counts):
-    """The records of a source, in order: dicts if all is well, {'text': ...} for what is only text. A text file that is
-    the whole source is many documents: its pieces. `counts` gets what cannot be read."""
-    if source == 'pydoc':
-        from pydoc_data.topics import topics
-        yield from ({'text': topics[name]} for name in sorted(topics))
+def records(path, counts, alone):
+    """The records of a file, in order: dicts if all is well, {'text': ...} for what is only text. A text file that is
+    `alone` is cut into ten documents or more, so that there are two sides. `counts` gets what cannot be read."""
+    if path.suffix == '.parquet':
+        for batch in optional('pyarrow.parquet').ParquetFile(path).iter_batches(batch_size=256):
+            yield from batch.to_pylist()
         return
-    for path in find_files(source):
-        kind = KINDS.search(path.name)[1]
-        if kind == '.parquet':
-            parquet = optional('pyarrow.parquet')
-            for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
-                yield from batch.to_pylist()
-            continue
-        with (lzma.open if path.suffix == '.xz' else open)(path, 'rb') as f:
-            if kind == '.jsonl':
-                for line in f:
-                    try:
-                        yield json.loads(line.decode('utf-8', errors='replace'))
-                    except ValueError:
-                        counts['lines that are not JSON' if line.strip() else 'empty lines'] += 1
-            elif b'\0' in (raw := f.read())[:8192]:
-                counts['binary files'] += 1
-            else:
-                text = raw.decode('utf-8', errors='replace')
-                yield from ({'text': t} for t in (PIECE.findall(text) if str(path) == str(source) else [text]))
+    with (lzma.open if path.suffix == '.xz' else open)(path, 'rb') as f:
+        if '.jsonl' in path.suffixes:
+            for line in f:
+                try:
+                    yield json.loads(line.decode('utf-8', errors='replace'))
+                except ValueError:
+                    counts['lines that are not JSON' if line.strip() else 'empty lines'] += 1
+        elif b'\0' in (raw := f.read())[:8192]:
+            counts['binary files'] += 1
+        else:
+            text = raw.decode('utf-8', errors='replace')
+            size = min(100_000, len(text) // 10 + 1) if alone else len(text) + 1
+            yield from ({'text': text[i:i + size]} for i in range(0, len(text), size))
 
 
 def documents(source, field, counts):
-    """The texts of a source, in order. Of a record, `field` is the text, or else what is longest in the first."""
-    for record in records(source, counts):
-        texts = {k: v for k, v in record.items() if isinstance(v, str)} if isinstance(record, dict) else {}
-        field = field or max(texts, key=lambda k: len(texts[k]), default=None)
-        counts['records without text'] += field not in texts
-        yield texts.get(field, '')
+    """The texts of a source, in order. Of a record the text is `field`, or else "text", or else what is longest in the
+    first. Raises SystemExit for a damaged file."""
+    if source == 'pydoc':
+        from pydoc_data.topics import topics
+        yield from (topics[name] for name in sorted(topics))
+        return
+    for path in find_files(source):
+        try:
+            for record in records(path, counts, alone=path == Path(source)):
+                texts = {k: v for k, v in record.items() if isinstance(v, str)} if isinstance(record, dict) else {}
+                field = field or ('text' if 'text' in texts else max(texts, key=lambda k: len(texts[k]), default=None))
+                counts['records without text'] += field not in texts
+                yield texts.get(field, '')
+        except (OSError, EOFError, ValueError, lzma.LZMAError) as e:
+            raise SystemExit(f'{path}: cannot be read ({e})')
 
 
 @lru_cache
@@ -136,6 +140,8 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
     tenth for validation. Raises SystemExit when the source is missing or too short."""
     out, length, counts = Path(out), context + continuation, Counter(train=0, val=0)
     dtype = 'uint16' if tokenizer.n_vocab <= 2 ** 16 else 'uint32'
+    if train_segments and not val_segments:
+        val_segments = -(-train_segments // 9)
     limit = {'train': train_segments or math.inf, 'val': val_segments or math.inf}
     share = val_segments / (train_segments + val_segments) if train_segments and val_segments else 0.1
     folder = out.with_name(out.name + '.tmp')
@@ -226,16 +232,23 @@ class Batches(torch.utils.data.Dataset):
         return batch
 
 
+def positive(text):
+    """The type of flags that count something."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text} is not at least 1')
+    return int(text)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description='Tokenise documents to segments on disk.')
     parser.add_argument('source', help='finewiki, pydoc, stdlib, or a file or folder')
     parser.add_argument('--out', required=True, help='folder to make')
     parser.add_argument('--model', default='tiny', help='whose tokenizer: a hub id or folder; tiny: bytes (default)')
-    parser.add_argument('--context', type=int, default=1000, help='context tokens a segment (default 1000)')
-    parser.add_argument('--continuation', type=int, default=1000, help='continuation tokens a segment (default 1000)')
-    parser.add_argument('--train_segments', type=int, help='at most this many (default: all; the paper: 500000)')
-    parser.add_argument('--val_segments', type=int, help='at most this many (default: a tenth; the paper: 10000)')
-    parser.add_argument('--field', help='field of a record that is the text (default: the longest in the first)')
+    parser.add_argument('--context', type=positive, default=1000, help='context tokens a segment (default 1000)')
+    parser.add_argument('--continuation', type=positive, default=1000, help='tokens that follow it (default 1000)')
+    parser.add_argument('--train_segments', type=positive, help='at most this many (default: all; the paper: 500000)')
+    parser.add_argument('--val_segments', type=positive, help='at most this many (default: a tenth; the paper: 10000)')
+    parser.add_argument('--field', help='which of a record is the text (default: text, or the longest in the first)')
     args = parser.parse_args(argv)
     if Path(args.out).exists():
         raise SystemExit(f'{args.out}: exists already')

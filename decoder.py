@@ -222,11 +222,10 @@ class Decoder(nn.Module):
     def forward_flops(self, positions, targets):
         """FLOPs of a forward pass over a sequence: 2 per weight and position that uses it (logits at the targets only),
         and causal attention, in which a position sees half of the others."""
-        c, D = self.config, self.config.hidden_size
-        attention = sum(p.numel() for p in self.layers[0].self_attn.parameters()) + D * positions
-        experts = D * (3 * c.moe_intermediate_size * (c.num_experts_per_tok + c.n_shared_experts) + c.n_routed_experts)
-        mlps = sum(experts if isinstance(layer.mlp, MoE) else 3 * D * c.intermediate_size for layer in self.layers)
-        return 2 * (positions * (len(self.layers) * attention + mlps) + targets * D * c.vocab_size)
+        c, share = self.config, self.config.num_experts_per_tok / max(self.config.n_routed_experts, 1)
+        weights = sum(p.numel() * (share if p.dim() == 3 else 1) for p in self.layers.parameters())    # 3 dims: experts
+        attention = c.num_hidden_layers * c.hidden_size * positions
+        return 2 * (positions * (weights + attention) + targets * c.hidden_size * c.vocab_size)
 
     def logits(self, hidden):
         """(..., D) -> fp32 (..., V)"""

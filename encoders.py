@@ -247,6 +247,7 @@ class CLIP(nn.Module):
         C = v.clip_width
         self.embeddings = nn.ModuleDict({'patch_embedding': nn.Conv2d(3, C, 14, stride=14, bias=False),    # never used,
                                          'position_embedding': nn.Embedding(1 + CLIP_GRID ** 2, C)})      # but released
+        self.embeddings.patch_embedding.requires_grad_(False)
         self.embeddings.class_embedding = nn.Parameter(torch.randn(C) * 0.02)
         nn.init.normal_(self.embeddings.position_embedding.weight, std=0.02)
         self.pre_layrnorm = nn.LayerNorm(C, eps=1e-5)                           # (sic)
@@ -286,7 +287,7 @@ class Vision(nn.Module):
     def forward(self, batch, embed):
         image = batch['image']
         if image.dtype == torch.uint8:                                         # pixels travel as bytes: 0..255 to -1..1
-            image = (image.float() / 255 - 0.5) / 0.5
+            image = ((image.float() / 255 - 0.5) / 0.5).type_as(self.image_newline)
         sam = self.sam_model(image)                                             # (B, C, h, h)
         features = torch.cat([self.vision_model(sam)[:, 1:], sam.flatten(2).transpose(1, 2)], dim=-1)    # (B, h h, 2 C)
         x = self.projector.layers(features).unflatten(1, sam.shape[2:]).flatten(0, 1)                      # (B h, h, D)

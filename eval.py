@@ -10,10 +10,11 @@ PPL is exp of the mean cross-entropy over all target tokens of the validation se
 is the likeliest token, exact the share of segments with all of them; every token predicted from the true ones before
 it. Passages are not: they are generated greedily from the memory alone, and CER is their characters' edit distance to
 the original over its length. Positions are all before the target; ratio is context tokens over those. Delta is PPL less
-that of the run that has the whole context. KV saved is in bytes a segment, at bf16.
+that of the run that has the whole context. KV saved is in bytes a segment, at bf16; ms the time to encode one (on
+one thread of a CPU), its page drawn before.
 
 Facts (factual recall) is the mean loss on the continuation's fact tokens, rest that on its other tokens. A fact is a
-word that has a digit, begins with a capital, or is rare (in at most one in a hundred of the first contexts); its tokens
+word that has a digit, begins with a capital, or is rare (in at most one in a hundred of the contexts); its tokens
 count where it first occurs in the continuation, if it occurs in the context but not in the last `--kept` tokens of it:
 truncation to those has lost the answer, the whole context has it, and a memory that keeps facts comes near the latter.
 """
@@ -22,17 +23,16 @@ import csv
 import difflib
 import math
 import re
-import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Batches
+from data import Batches, open_corpus, positive
 from decoder import OBJECTIVES
 from load_deepseek import load, load_run, optional
 
@@ -62,26 +62,32 @@ def to_device(batch, device):
     return {name: x.to(device, non_blocking=True) for name, x in batch.items()}
 
 
+# Letters and digits in UTF-8; what begins with C2 or E2 is punctuation and symbols.
+WORD = re.compile(rb'(?:[0-9A-Za-z]|[\xc3-\xe1\xe3-\xf4][\x80-\xbf]+)+')
+
+
 def words(tokenizer, ids):
     """The words among tokens, in order: [(word as bytes, its first token, the token after its last)]."""
     pieces = [tokenizer.decode_single_token_bytes(i) for i in ids]
     ends = np.cumsum([len(piece) for piece in pieces])                # in bytes: a segment may begin amid a character
     return [(m[0], int(np.searchsorted(ends, m.start(), 'right')), int(np.searchsorted(ends, m.end())) + 1)
-            for m in re.finditer(rb'[0-9A-Za-z\x80-\xff]+', b''.join(pieces))]
+            for m in WORD.finditer(b''.join(pieces))]
 
 
 def common_words(batches, tokenizer):
-    """The words in more than one in a hundred of the contexts, of some thousand."""
-    some = [set(w for w, *_ in words(tokenizer, ids)) for i in range(min(len(batches), -(-1000 // batches.batch_size)))
-            for ids in batches[i]['context'].tolist()]
-    return {word for word, n in Counter(w for found in some for w in found).items() if n > len(some) / 100}
+    """The words in more than one in a hundred of the contexts."""
+    counts = Counter()
+    for n in range(len(batches)):
+        for ids in batches[n]['context'].tolist():
+            counts.update({word for word, *_ in words(tokenizer, ids)})
+    return {word for word, n in counts.items() if n > batches.n / 100}
 
 
 def fact_tokens(batch, tokenizer, kept, common):
     """Which tokens of each continuation belong to a fact, as the top of this file defines it: bool (B, T)."""
     mask = torch.zeros(batch['continuation'].shape, dtype=torch.bool)
     for row, (context, continuation) in enumerate(zip(batch['context'].tolist(), batch['continuation'].tolist())):
-        cut = len(context) - kept
+        cut = max(len(context) - kept, 0)
         early, seen = ({word for word, *_ in words(tokenizer, part)} for part in (context[:cut], context[cut:]))
         for word, first, end in words(tokenizer, continuation):
             if word in early - seen and (re.search(rb'[0-9]|^[A-Z]', word) or word not in common):
@@ -104,7 +110,7 @@ def evaluate(model, batches, device, workers=0, rank=0, world=1, progress=False,
             losses, hit, _ = model(to_device(batch, device))
         if n >= len(batches):
             break
-        losses, mask = losses.double().cpu(), facts(batch) if facts else torch.zeros(hit.shape, dtype=torch.bool)
+        losses, mask = losses.cpu().double(), facts(batch) if facts else torch.zeros(hit.shape, dtype=torch.bool)
         sums += torch.tensor([losses.sum(), hit.sum(), hit.all(dim=1).sum(), losses[mask].sum(), hit.numel(), len(hit),
                               mask.sum()])
     model.train(training)
@@ -115,19 +121,25 @@ def evaluate(model, batches, device, workers=0, rank=0, world=1, progress=False,
     result = {'loss': loss / tokens, 'ppl': math.exp(min(loss / tokens, 700)), 'accuracy': hits / tokens,
               'exact': exact / segments}
     if facts:
-        result.update(facts=fact_loss / max(n_facts, 1), rest=(loss - fact_loss) / max(tokens - n_facts, 1))
+        result['facts'] = fact_loss / n_facts if n_facts else math.nan
+        result['rest'] = (loss - fact_loss) / (tokens - n_facts)
     return result
 
 
-def passage(model, batch, tokenizer, device):
-    """The targets of a batch and what the model generates in their place, as two lists of texts."""
+def text_of(ids, tokenizer):
+    """Token ids as text; those that only the model knows are left out."""
+    return tokenizer.decode([i for i in ids if i < tokenizer.n_vocab])
+
+
+def passage(model, batch, tokenizer, device, length=None):
+    """The targets of a batch, or their first `length` tokens, and what the model generates: two lists of texts."""
     training, batch = model.training, to_device(batch, device)
-    target = batch[OBJECTIVES[model.objective]]
+    target = batch[OBJECTIVES[model.objective]][:, :length]
     model.eval()
     with autocast(device):
         generated = model.generate(batch, target.shape[1])
     model.train(training)
-    return [[tokenizer.decode(row) for row in ids.tolist()] for ids in (target, generated)]
+    return [[text_of(row, tokenizer) for row in ids.tolist()] for ids in (target, generated)]
 
 
 def edit_distance(a, b):
@@ -153,17 +165,6 @@ def show(original, generated, objective='reconstruction', width=110):
         print(a, b, ''.join(' ' if x == y else '^' for x, y in zip(a, b)).rstrip(), sep='\n')
 
 
-def milliseconds(model, batch, device):
-    """Time to make the memory of one segment, page drawn: the median of 5 after one more."""
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        with torch.no_grad(), autocast(device):
-            model.prefix(batch)[0, -1, 0].item()                              # asking for a number waits for the GPU
-        times.append(1e3 * (time.perf_counter() - start))
-    return sorted(times[1:])[2]
-
-
 def plot(rows, path):
     """Draw PPL against ratio, a panel an objective, a line a regime through the means; published values are hollow."""
     plt = optional('matplotlib.pyplot')
@@ -179,9 +180,9 @@ def plot(rows, path):
             ax.plot([row['ratio'] for row in points], [row['PPL'] for row in points], 'o', color=f'C{color}', ms=4)
             hollow = [(row['ratio'], row['published']) for row in points if row['published']]
             ax.plot(*zip(*hollow) if hollow else ([], []), 'o', mfc='none', color=f'C{color}', ms=9)
-        ax.set(title=objective, xscale='log', yscale='log', ylabel='perplexity',
-               xlabel='compression: context tokens / positions before the target')
-        ax.yaxis.set_major_formatter('{x:.3g}')
+        ax.set(title=objective, ylabel='perplexity', xlabel='compression: context tokens / positions before the target')
+        ax.set_xscale('log', base=2)
+        ax.xaxis.set_major_formatter('{x:g}')
         ax.legend(frameon=False)
     figure.savefig(path, dpi=150)
 
@@ -199,26 +200,28 @@ def read_page(args, device):
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]         # (1, 3, S, S) uint8
     ids = model.eval().generate({'context': torch.empty(1, 0, dtype=torch.long, device=device),
                                  'image': pixels.to(device)}, args.max_new_tokens)[0].tolist()
-    print(tokenizer.decode([i for i in ids if i != model.decoder.config.eos_token_id]))
+    print(text_of([i for i in ids if i != model.decoder.config.eos_token_id], tokenizer))
 
 
 def row_of(folder, args, device):
     """Evaluate a run -> its row of the table as a dict, and [(segment, original, generated)]."""
     model, tokenizer, config = load_run(folder, device)
     run, page = config['run'], {k: v for k, v in vars(args).items() if k in ('font', 'font_size', 'line_spacing') and v}
-    batches = Batches(args.data or run['data'], 'val', args.batch_size, tokenizer, limit=args.segments,
-                      image_size=getattr(model.encoder, 'image_size', None), **page)
+    data, image_size = args.data or run['data'], getattr(model.encoder, 'image_size', None)
+    open_corpus(data, tokenizer, run['context'])
+    batches = Batches(data, 'val', args.batch_size, tokenizer, image_size, limit=args.segments, **page)
     kept, facts = run['context'] // 4 if args.kept is None else args.kept, None
     if run['objective'] == 'lm':
-        common = common_words(batches, tokenizer)
+        common = common_words(Batches(data, 'val', 1, tokenizer, limit=1000), tokenizer)
         facts = lambda batch: fact_tokens(batch, tokenizer, kept, common)
     result = evaluate(model, batches, device, args.workers, progress=True, facts=facts)
     one = to_device({name: x[:1] for name, x in batches[0].items()}, device)
-    with torch.no_grad():
+    with torch.no_grad(), autocast(device):
         positions, c = model.prefix(one).shape[1], model.decoder.config
+        timer = Timer('model.prefix(one)', globals={'model': model, 'one': one}).blocked_autorange()
     kv_bytes = 4 * c.num_hidden_layers * c.num_key_value_heads * c.hidden_size // c.num_attention_heads   # a position
     texts = []
-    for n in range(-(-args.generate // args.batch_size)):
+    for n in range(min(-(-args.generate // args.batch_size), len(batches))):
         texts += zip(*passage(model, batches[n], tokenizer, device))
     texts = texts[:args.generate]
     errors, length = (sum(map(f, texts)) for f in (lambda pair: edit_distance(*pair), lambda pair: len(pair[0])))
@@ -232,7 +235,7 @@ def row_of(folder, args, device):
         'exact': round(result['exact'], 3), 'CER': round(errors / length, 3) if length else None,
         'facts': round(result['facts'], 3) if facts else None, 'rest': round(result['rest'], 3) if facts else None,
         'encoder parameters': sum(p.numel() for p in model.encoder.parameters()), 'KV saved':
-        kv_bytes * (run['context'] + 1 - positions), 'ms': round(milliseconds(model, one, device), 2)}, texts
+        kv_bytes * (run['context'] + 1 - positions), 'ms': round(1e3 * timer.median, 2)}, texts
 
 
 def main(argv=None):
@@ -240,22 +243,22 @@ def main(argv=None):
     add = parser.add_argument
     add('runs', nargs='*', metavar='RUN', help='folder of a run')
     add('--data', help='another prepared corpus (default: the one that the run was trained on)')
-    add('--segments', type=int, help='validation segments (default: all)')
+    add('--segments', type=positive, help='validation segments (default: all)')
     add('--generate', type=int, default=1, metavar='N', help='passages a run makes anew (default 1)')
     add('--kept', type=int, help='last context tokens that hold no fact (default: a quarter of the context)')
     add('--csv', metavar='FILE', help='write the table there as well')
     add('--plot', metavar='FILE', help='draw it there as well')
     add('--font', help='font file of the pages (default DejaVuSans.ttf)')
-    add('--font_size', type=int, help='in pixels (default: the largest of 4 to 30 at which the text fits)')
+    add('--font_size', type=positive, help='in pixels (default: the largest of 4 to 30 at which the text fits)')
     add('--line_spacing', type=float, help='in type sizes (default 1.2)')
-    add('--batch_size', type=int, default=16, help='segments at once (default 16)')
+    add('--batch_size', type=positive, default=16, help='segments at once (default 16)')
     add('--workers', type=int, default=0, help='processes that draw pages (default 0)')
     add('--device', default='auto', help='cpu, cuda, mps (default: cuda where there is one)')
     add('--image', metavar='FILE', help='read this page instead; the other flags say how')
     add('--model', default='deepseek-ai/DeepSeek-OCR', help='that reads it (default deepseek-ai/DeepSeek-OCR)')
     add('--vision_mode', help='tiny, small, base, large: pixels of the page (default: base for the released model)')
     add('--prompt', default='Free OCR.', help='what to do with it (default "Free OCR.")')
-    add('--max_new_tokens', type=int, default=1000, help='to read at most (default 1000)')
+    add('--max_new_tokens', type=positive, default=1000, help='to read at most (default 1000)')
     args = parser.parse_args(argv)
     device, rows, passages = pick_device(args.device), [], []
     if args.image:
@@ -267,7 +270,7 @@ def main(argv=None):
         rows.append(row)
         passages += [(folder, row['objective'], *pair) for pair in texts]
     for row in rows:
-        whole = [other['PPL'] for other in rows if other['regime'] == 'text' and other['ratio'] <= 1
+        whole = [other['PPL'] for other in rows if other['regime'] == 'text' and other['KV saved'] == 0
                  and other['objective'] == row['objective']]
         row['delta'] = round(row['PPL'] - np.mean(whole), 3) if whole else None
     columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]

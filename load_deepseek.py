@@ -26,6 +26,7 @@ import huggingface_hub
 import safetensors.torch
 import tiktoken
 import torch
+import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
 from decoder import Autoencoder, Decoder, DecoderConfig
@@ -42,8 +43,8 @@ PRESETS = {'full': {}, 'tiny': {
 VISION = ('model.sam_model.', 'model.vision_model.', 'model.projector.', 'model.image_newline', 'model.view_seperator')
 
 # tokenizer.json cuts text in passes. DeepSeek's: digits, runs of Chinese or kana (K), the rest; SmolLM2's: single
-# digits, the rest as GPT-2. As one pattern, what a later pass would take must stop where an earlier one has cut; and DeepSeek's
-# last alternative takes what no pass matches (controls, joiners), because tiktoken would drop it.
+# digits, the rest as GPT-2. As one pattern, what a later pass would take must stop where an earlier one has cut; and
+# DeepSeek's last alternative takes what no pass matches (controls, joiners), because tiktoken would drop it.
 PATTERNS = {'deepseek': '|'.join([
     r'\p{N}{1,3}', r'[K]+', r'[!"#$%&\'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+',
     r'[^\r\n\p{L}\p{P}\p{S}]?[[\p{L}\p{M}]--[K]]+', r' ?[[\p{P}\p{S}]--[K]]+[\r\n]*', r'\s*[\r\n]+',
@@ -140,11 +141,11 @@ def open_tensors(folder):
 
 
 def released_tensors(model, regime):
-    """{released name: tensor} of an Autoencoder: views of its own parameters, experts one by one."""
+    """{released name: tensor} of an Autoencoder: views of its own parameters and buffers, experts one by one."""
     tensors = {}
-    for name, p in model.named_parameters():
+    for name, p in model.state_dict().items():
         part, rest = name.split('.', 1)
-        p = p.detach() if not isinstance(p, DTensor) else p.full_tensor().detach()          # of shards (FSDP): a copy
+        p = p.full_tensor().cpu() if isinstance(p, DTensor) else p            # shards are put together, in a copy
         if part == 'encoder':
             tensors[f'model.{rest}' if regime == 'vision' else f'{regime}.{rest}'] = p
         elif '.experts.' in rest:
@@ -179,7 +180,7 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
     with torch.device('meta' if files else device):
         decoder = Decoder(sizes).to(dtype)
     try:
-        with torch.device('meta' if has_encoder else device):
+        with torch.device(device):
             encoder = ENCODERS[regime](sizes, context, **settings).to(dtype)
     except ValueError as e:
         raise SystemExit(f'--regime {regime}: {e}')
@@ -190,7 +191,8 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
     prompt = tokenizer.encode(prompt, allowed_special='all')
     model = Autoencoder(encoder, decoder, objective, prompt, hybrid)
 
-    wanted = {name: list(t.shape) for name, t in released_tensors(model, regime).items() if t.is_meta}
+    part = model if has_encoder else nn.ModuleDict({'decoder': decoder})      # what is to come from the files
+    wanted = {name: list(t.shape) for name, t in released_tensors(part, regime).items()} if files else {}
     other = tuple(f'{name}.' for name in ENCODERS if name != regime) + (VISION if regime != 'vision' else ())
     skipped = {name for name in files if name not in wanted and name.startswith(other)}
     if skipped:
@@ -200,8 +202,8 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
     for name in sorted(wanted.keys() | files.keys() - skipped):
         if (has := shape(name, 'missing')) != (wants := wanted.get(name, 'no such')):
             raise SystemExit(f'{source}: tensor {name} is {has}, regime {regime} wants {wants}')
-    for part in [decoder] * bool(files) + [encoder] * has_encoder:
-        part.to_empty(device=device)
+    if files:
+        decoder.to_empty(device=device)
     for name, tensor in released_tensors(model, regime).items():
         if name in wanted:
             tensor.copy_(files[name].get_tensor(name))

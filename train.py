@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import Batches, open_corpus, prepare
+from data import Batches, open_corpus, positive, prepare
 from decoder import OBJECTIVES
 from encoders import ENCODERS, settings_of
 from eval import autocast, evaluate, passage, pick_device, show, to_device
@@ -38,12 +39,6 @@ from load_deepseek import (PRESETS, fetch, load, optional, read_json, released_t
 # Where the tiny model departs from the defaults, which follow the paper.
 TINY = dict(steps=700, gradient_accumulation_steps=1, learning_rate=3e-3, beta2=0.95, log_steps=20, eval_steps=200)
 PEAK = {'H200': 989, 'H100': 989, 'A100': 312, 'L40S': 362, '4090': 165, '3090': 71}    # dense bf16 TFLOP/s, vendors'
-
-
-def positive(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text} is not at least 1')
-    return int(text)
 
 
 def parse_args(argv=None):
@@ -83,7 +78,8 @@ def parse_args(argv=None):
     flag('beta2', float, 0.999, "AdamW's second")
     flag('warmup_ratio', float, 0.1, 'share of the steps that warm up')
     flag('max_grad_norm', float, 1.0, 'clip the gradient to this norm')
-    flag('optimizer', str, 'adamw', 'adafactor keeps little state', choices=('adamw', 'adafactor'))
+    flag('optimizer', str, 'adamw', "adafactor keeps little state; its rate is a share of a weight's size: 5e-3",
+         choices=('adamw', 'adafactor'))
     flag('weights', str, 'fp32', "as they are trained; bf16 is the authors'", choices=('fp32', 'bf16'))
     flag('grad_checkpoint', bool, False, 'compute activations twice instead of keeping them', action='store_true')
     flag('fsdp', bool, False, 'shard weights, gradients and optimiser among the processes', action='store_true')
@@ -107,16 +103,16 @@ def parse_args(argv=None):
     if run and parser.parse_args(argv).regime == run['regime']:
         parser.set_defaults(**run['settings'])
     args = parser.parse_args(argv)
-    args.model, args.output_dir = model, folder(args)
+    args.model, args.output_dir = model, model if args.resume else folder(args)
     return args
 
 
 def corpus(args, tokenizer):
-    """The folder of the prepared corpus that --data names; made under out/data where --data is a source."""
+    """The folder of the prepared corpus that --data names; made under corpora/ where --data is a source."""
     folder, length = Path(args.data), 128 if args.model == 'tiny' else 1000
     if not (folder / 'meta.json').exists():
         lengths = args.context or length, args.continuation or length
-        folder = Path('out/data', '_'.join(map(str, (folder.stem, tokenizer.name, *lengths))))
+        folder = Path('corpora', '_'.join([re.sub(r'\W+', '_', args.data), tokenizer.name, *map(str, lengths)]))
         if not folder.exists():
             prepare(args.data, folder, tokenizer, *lengths)
     return str(folder)
@@ -163,9 +159,12 @@ def restore(out, model, optimizer):
     step = read_json(out / 'model.safetensors.index.json')['metadata']['step']
     try:
         state = torch.load(out / f'trainer-{step:08d}.pt', weights_only=True)
-    except Exception as e:                     # torch.load raises a dozen kinds
-        raise SystemExit(f'{out}/trainer-{step:08d}.pt: missing or damaged ({type(e).__name__})')
-    set_optimizer_state_dict(model, optimizer, state['optimizer'], options=WHOLE)
+        now = [{name: value for name, value in group.items() if name != 'params'} for group in optimizer.param_groups]
+        set_optimizer_state_dict(model, optimizer, state['optimizer'], options=WHOLE)
+    except Exception as e:                     # torch raises a dozen kinds
+        raise SystemExit(f'{out}/trainer-{step:08d}.pt: missing, damaged or of other flags ({type(e).__name__})')
+    for group, flags in zip(optimizer.param_groups, now):
+        group.update(flags)                    # what the command line says goes before what was saved
     torch.set_rng_state(state['rng'])
     return step, state['best']
 
@@ -173,8 +172,9 @@ def restore(out, model, optimizer):
 def open_log(args, start):
     """A function log(step, **values): to the screen, to log.jsonl behind step `start`, to Weights & Biases."""
     path, wandb = Path(args.output_dir, 'log.jsonl'), optional('wandb') if args.wandb else None
-    lines = path.read_text(encoding='utf-8').splitlines(keepends=True) if start else []
-    path.write_text(''.join(line for line in lines if json.loads(line)['step'] <= start), encoding='utf-8')
+    lines = path.read_text(encoding='utf-8').splitlines(keepends=True) if start and path.exists() else []
+    kept = [line for line in lines if line.endswith('}\n') and json.loads(line)['step'] <= start]
+    path.write_text(''.join(kept), encoding='utf-8')
     if wandb:
         wandb.init(project=args.wandb, name=Path(args.output_dir).name, config=vars(args))
 
@@ -194,6 +194,10 @@ def main(argv=None):
     world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))      # torchrun sets them
     out, device = Path(args.output_dir), pick_device(args.device, int(os.environ.get('LOCAL_RANK', 0)))
     G, on_cuda, fsdp = args.gradient_accumulation_steps, device.type == 'cuda', args.fsdp and world > 1
+    if on_cuda:
+        torch.cuda.set_device(device)
+    if args.optimizer == 'adafactor' and fsdp:
+        raise SystemExit('--optimizer adafactor: does not work on the shards of --fsdp')
     if (out / 'config.json').exists() and not args.resume:
         raise SystemExit(f'{out}: holds a run; --resume goes on with it, --output_dir puts this one elsewhere')
     if G % world:
@@ -214,7 +218,8 @@ def main(argv=None):
                             torch.bfloat16 if args.weights == 'bf16' else torch.float32, **settings)
     config['run'].update(data=data, args={**kept, 'data': data, **{k: meta[k] for k in ('context', 'continuation')}})
     model.decoder.grad_checkpoint = args.grad_checkpoint
-    model.encoder.requires_grad_(args.train_encoder)
+    if not args.train_encoder:
+        model.encoder.requires_grad_(False)
     image_size = getattr(model.encoder, 'image_size', None)
     side = lambda name, limit=None: Batches(data, name, args.batch_size, tokenizer, image_size, args.seed, limit)
     train, some, val = side('train'), side('val', args.eval_segments), side('val')
@@ -244,8 +249,8 @@ def main(argv=None):
 
     # ---- training: batch n is a function of seed and n alone, so a step number is all that there is to resume from
     stop = []
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stop.append(True))         # finish the step, save, leave
+    for name in (signal.SIGINT, signal.SIGTERM):                  # finish the step, save, leave; at once if asked again
+        signal.signal(name, lambda name, _: stop.append(signal.signal(name, signal.SIG_DFL)))
     mine = range(start * G + rank, args.steps * G, world)         # each process has its share of the micro-batches
     batches = iter(DataLoader(train, batch_size=None, sampler=mine, num_workers=workers, pin_memory=on_cuda))
     forward = torch.compile(model, dynamic=False) if (on_cuda if args.compile is None else args.compile) else model
@@ -276,30 +281,34 @@ def main(argv=None):
             optimizer.step()
         optimizer.zero_grad()
 
+        halt = bool(stop) and world == 1
         if step % args.log_steps == 0 or step == 1:
             seconds, clock, clock_step = (time.time() - clock) / (step - clock_step), time.time(), step
             if skipped >= 5:
                 raise SystemExit(f'step {step}: gradient not finite {int(skipped)} times in a row; last save: {out}')
             if world > 1:
                 dist.all_reduce(loss.div_(world))
+                dist.all_reduce(wish := torch.tensor(float(len(stop)), device=device))      # all must leave together
+                halt = bool(wish)
             tflops = step_flops / seconds / 1e12                  # of the model: what is computed twice counts once
             card = {'gib': torch.cuda.max_memory_allocated(device) / 2 ** 30} if on_cuda else {}
             card.update({'mfu': tflops / peak / world} if peak else {})
             log(step, loss=loss.item(), ppl=math.exp(min(loss.item(), 700)), lr=group['lr'], grad_norm=norm.item(),
                 tokens_per_s=args.batch_size * G * losses.shape[1] / seconds, tflops=tflops, **card,
                 minutes_left=seconds * (args.steps - step) / 60)
-        last = step == args.steps
+        last, paused = step == args.steps, time.time()
         if step % args.eval_steps == 0 or last:
             result = evaluate(model, val if last else some, device, workers, rank, world)
             best = min(best, result['loss'])
             log(step, **{f'val_{k}': v for k, v in result.items()}, best_val_loss=best)
-        if step % args.save_steps == 0 or last or stop:
+        if step % args.save_steps == 0 or last or halt:
             source = None if args.model in PRESETS or args.resume else fetch(args.model)
             save_run(out, step, model, optimizer, config, best, source, write=rank == 0)
-        if stop and not last:
+        clock += time.time() - paused                             # what is reported as speed is the training's
+        if halt and not last:
             print(f'stopped and saved at step {step}; --resume goes on')
             return
-    texts = passage(model, val[0], tokenizer, device)
+    texts = passage(model, {name: x[:1] for name, x in val[0].items()}, tokenizer, device, length=256)
     if world > 1:
         dist.destroy_process_group()
     if rank == 0:

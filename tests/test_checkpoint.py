@@ -78,9 +78,9 @@ def test_llama_is_the_same_decoder(tmp_path):
     tied, full = Decoder(sizes), Decoder(sizes_from({**config, 'tie_word_embeddings': False, 'num_key_value_heads': 6}))
     weights = {k: v.unflatten(0, (2, 8)).repeat_interleave(3, dim=0).flatten(0, 1) if 'k_proj' in k or 'v_proj' in k else v
                for k, v in tied.state_dict().items()}
-    full.load_state_dict({**weights, 'lm_head.weight': weights['embed_tokens.weight']})
+    full.load_state_dict({**weights, 'lm_head.weight': 2 * weights['embed_tokens.weight']})
     x = torch.randn(2, 9, 48)
-    assert torch.allclose(tied.logits(tied(x)[0]), full.logits(full(x)[0]), atol=1e-5)
+    assert torch.allclose(2 * tied.logits(tied(x)[0]), full.logits(full(x)[0]), atol=1e-5)
     save(released_tensors(Autoencoder(ENCODERS['text'](sizes, 8), tied), 'text'), {**config, 'run': {'regime': 'text', 'tokenizer': 'bytes'}}, tmp_path / 'llama')
     model, _, again = load(str(tmp_path / 'llama'), 'meanpool', 8)
     assert 'lm_head.weight' not in load_file(next((tmp_path / 'llama').glob('*.safetensors')))

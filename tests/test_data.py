@@ -117,6 +117,22 @@ def test_text_that_is_hard_to_read(tmp_path):
     assert (len(train) + len(val)) * 128 + meta['tokens left over'] == 5_000_000
 
 
+def test_one_short_file_has_two_sides(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'book.txt').write_text(TEXT * 200, encoding='utf-8')
+    (tmp_path / 'notes.md').mkdir()
+    for source in ('book.txt', './book.txt', '.'):
+        if source == '.':
+            (tmp_path / 'book.txt').rename(tmp_path / 'a.txt')
+            (tmp_path / 'b.txt').write_text(TEXT * 200, encoding='utf-8')
+        prepare(source, tmp_path / f'out_{len(source)}', TOKENIZER, 64, 64, train_segments=50)
+        meta, train, val = segments(tmp_path / f'out_{len(source)}')
+        assert meta['train'] == 50 and meta['val'] == 6
+    (tmp_path / 'broken.txt.xz').write_bytes(lzma.compress(TEXT.encode() * 99)[:-20])
+    with pytest.raises(SystemExit, match='broken.txt.xz: cannot be read'):
+        prepare('broken.txt.xz', tmp_path / 'out', TOKENIZER, 64, 64)
+
+
 def test_pieces_join_to_the_text():
     for text in ('', 'a', 'a\n' * 300_000, 'b' * 250_001, TEXT * 5000):
         parts = data.PIECE.findall(text)

@@ -120,11 +120,21 @@ def test_resume_is_exact(corpus, tmp_path):
     train.main(['--resume', '--output_dir', str(tmp_path / 'parts')])
     log = [json.loads(line) for line in (tmp_path / 'parts' / 'log.jsonl').read_text(encoding='utf-8').splitlines()]
     assert losses(log) == losses(whole)
-    assert log[-1]['val_loss'] == whole[-1]['val_loss']
+    assert log[-1]['val_loss'] == whole[-1]['val_loss'] and log[-1]['best_val_loss'] == min(line['val_loss'] for line in log if 'val_loss' in line)
     train.main(['--resume', '--output_dir', str(tmp_path / 'parts')])                              # of a run that is at its end
     assert len((tmp_path / 'parts' / 'log.jsonl').read_text(encoding='utf-8').splitlines()) == len(log)
     for (name, a), (_, b) in zip(load_run(tmp_path / 'whole')[0].named_parameters(), load_run(tmp_path / 'parts')[0].named_parameters()):
         assert torch.equal(a, b), name
+
+
+def test_a_resumed_run_takes_new_flags_where_it_can(corpus, tmp_path):
+    out = tmp_path / 'page'
+    run(corpus, out, '--regime', 'vision', '--vision_mode', '128', steps=2)
+    train.main(['--resume', '--output_dir', str(out), '--steps', '4', '--learning_rate', '0'])
+    log = [json.loads(line) for line in (out / 'log.jsonl').read_text(encoding='utf-8').splitlines()]
+    assert [line['lr'] > 0 for line in log if 'lr' in line] == [True, True, False, False]
+    with pytest.raises(SystemExit, match='of other flags'):
+        train.main(['--resume', '--output_dir', str(out), '--steps', '5', '--optimizer', 'adafactor'])
 
 
 def test_stage_two_keeps_weights_and_settings(corpus, tmp_path):
