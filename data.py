@@ -143,15 +143,15 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
     if train_segments and not val_segments:
         val_segments = -(-train_segments // 9)
     limit = {'train': train_segments or math.inf, 'val': val_segments or math.inf}
-    share = val_segments / (train_segments + val_segments) if train_segments and val_segments else 0.1
+    wanted = sum(limit.values())
+    share = limit['val'] / wanted if wanted < math.inf else 0.1
     folder = out.with_name(out.name + '.tmp')
     if folder.exists():
         print(f'{folder}: left by a preparation that was cut short; starting again')
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    wanted = train_segments + val_segments if train_segments and val_segments else None
-    bar = tqdm(desc=str(source), total=wanted, unit=' segments')              # with a total it tells the time left
-    with open(folder / 'train.bin', 'wb') as train, open(folder / 'val.bin', 'wb') as val:
+    with open(folder / 'train.bin', 'wb') as train, open(folder / 'val.bin', 'wb') as val, \
+            tqdm(desc=str(source), total=wanted, unit=' segments') as bar:    # tells the time left unless that is inf
         for text, ids in encode_all(tokenizer, documents(source, field, counts)):
             # A document goes to validation whenever that has less than its share.
             short = counts['val'] < limit['val'] and counts['val'] < share * (counts['train'] + counts['val'])
@@ -163,9 +163,8 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
             rate = counts['characters'] / 1e6 / (bar.format_dict['elapsed'] + 1e-9)
             bar.set_postfix(documents=counts['documents'], MB_per_s=rate, refresh=False)
             bar.update(n)
-            if counts['train'] >= limit['train'] and counts['val'] >= limit['val']:
+            if counts['train'] + counts['val'] == wanted:
                 break
-    bar.close()
     told = ', '.join(f'{value:,} {key}' for key, value in counts.items())
     if not counts['train'] or not counts['val']:
         shutil.rmtree(folder)

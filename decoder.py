@@ -44,22 +44,6 @@ class DecoderConfig:
     vision: object = None                   # encoders.VisionConfig
 
 
-class KVCache:
-    """Keys and values of all positions so far: per layer two buffers (B, H, max_length, d), filled up to `length`."""
-
-    def __init__(self, max_length):
-        self.max_length, self.length, self.buffers = max_length, 0, {}
-
-    def append(self, layer, k, v):
-        """Store k and v (B, H, T, d) of the next T positions -> those of all positions so far."""
-        if layer not in self.buffers:
-            self.buffers[layer] = [x.new_empty(*x.shape[:2], self.max_length, x.shape[3]) for x in (k, v)]
-        end = self.length + k.shape[2]
-        for buffer, new in zip(self.buffers[layer], (k, v)):
-            buffer[:, :, self.length:end] = new
-        return [buffer[:, :, :end] for buffer in self.buffers[layer]]
-
-
 class RMSNorm(nn.Module):
     """weight * x / sqrt(mean(x^2) + eps), the norm in fp32."""
 
@@ -93,7 +77,9 @@ class Attention(nn.Module):
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)
+            if self.layer in cache:
+                k, v = (torch.cat(pair, dim=2) for pair in zip(cache[self.layer], (k, v)))
+            cache[self.layer] = k, v
         # A single new token may look at everything before it; more than one come only when the cache is empty.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=x.shape[1] > 1, enable_gqa=k.shape[1] != q.shape[1])
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -203,9 +189,10 @@ class Decoder(nn.Module):
     def forward(self, x, cache=None):
         """x (B, T, D) -> hidden states after the last norm (B, T, D), and the sum of the layers' balance losses.
 
-        With a cache, x holds the positions that follow those in it: any number when it is empty, then one at a time.
+        A cache is a dict, at first empty, that gets each layer's keys and values (B, H, T, d). x holds the positions
+        that follow those in it: any number when it is empty, then one at a time.
         """
-        start, balance_loss = cache.length if cache else 0, 0.0
+        start, balance_loss = cache[0][0].shape[2] if cache else 0, 0.0
         assert start == 0 or x.shape[1] == 1, f'{x.shape[1]} positions at once, after {start} in the cache'
         d = self.layers[0].self_attn.head_dim
         frequency = self.config.rope_theta ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)
@@ -215,8 +202,6 @@ class Decoder(nn.Module):
             run = partial(checkpoint, layer, use_reentrant=False) if self.grad_checkpoint and self.training else layer
             x, layer_loss = run(x, cos, sin, cache)
             balance_loss = balance_loss + layer_loss
-        if cache:
-            cache.length += x.shape[1]
         return self.norm(x), balance_loss
 
     def forward_flops(self, positions, targets):
@@ -283,8 +268,8 @@ class Autoencoder(nn.Module):
 
         A row that has come to EOS repeats it, and generation ends when all rows have.
         """
-        x, eos, tokens = self.prefix(batch), self.decoder.config.eos_token_id, []
-        cache, done = KVCache(x.shape[1] + max_new_tokens), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        x, eos, tokens, cache = self.prefix(batch), self.decoder.config.eos_token_id, [], {}
+        done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         while len(tokens) < max_new_tokens and not done.all():
             logits = self.decoder.logits(self.decoder(x, cache)[0][:, -1])    # (B, V)
             sample = lambda: torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]

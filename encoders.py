@@ -55,11 +55,11 @@ class MeanPool(nn.Module):
         w, s = compression_window_size, compression_stride or compression_window_size
         if not 1 <= w <= context_length or s < 1:
             raise ValueError(f'window {w} with stride {s} does not fit a context of {context_length} tokens')
-        self.compression_window_size, self.compression_stride = w, s
+        self.compression_window_size, self.stride = w, s
         self.separator = learned(config.hidden_size)
 
     def forward(self, batch, embed):
-        x, w, s = embed(batch['context']), self.compression_window_size, self.compression_stride
+        x, w, s = embed(batch['context']), self.compression_window_size, self.stride
         memory = x.unfold(1, w, s).mean(dim=-1)                                 # (B, windows, D)
         rest = x[:, (memory.shape[1] - 1) * s + w:]
         if rest.shape[1]:
@@ -285,10 +285,8 @@ class Vision(nn.Module):
         self.view_seperator = learned(config.hidden_size)                       # (sic)
 
     def forward(self, batch, embed):
-        image = batch['image']
-        if image.dtype == torch.uint8:                                         # pixels travel as bytes: 0..255 to -1..1
-            image = ((image.float() / 255 - 0.5) / 0.5).type_as(self.image_newline)
-        sam = self.sam_model(image)                                             # (B, C, h, h)
+        image = (batch['image'].float() / 255 - 0.5) / 0.5                     # pixels travel as bytes: 0..255 to -1..1
+        sam = self.sam_model(image.type_as(self.image_newline))                 # (B, C, h, h)
         features = torch.cat([self.vision_model(sam)[:, 1:], sam.flatten(2).transpose(1, 2)], dim=-1)    # (B, h h, 2 C)
         x = self.projector.layers(features).unflatten(1, sam.shape[2:]).flatten(0, 1)                      # (B h, h, D)
         rows = append(x, self.image_newline).unflatten(0, (len(sam), -1))       # (B, h, h + 1, D)

@@ -24,6 +24,7 @@ import difflib
 import math
 import re
 from collections import Counter
+from itertools import islice
 
 import numpy as np
 import torch
@@ -100,7 +101,7 @@ def fact_tokens(batch, tokenizer, kept, common):
 def evaluate(model, batches, device, workers=0, rank=0, world=1, progress=False, facts=None):
     """Means over a Batches, shared among `world` processes: {'loss': nats a target token, 'ppl', 'accuracy', 'exact'};
     with facts(batch) -> bool (B, T), 'facts' and 'rest' are the losses where it is true and where not."""
-    sums, training = torch.zeros(7, dtype=torch.float64), model.training
+    sums = torch.zeros(7, dtype=torch.float64)
     model.eval()
     share = range(rank, rank + world * -(-len(batches) // world), world)      # as many for each: shards work together
     sampler = [min(n, len(batches) - 1) for n in share]
@@ -113,7 +114,6 @@ def evaluate(model, batches, device, workers=0, rank=0, world=1, progress=False,
         losses, mask = losses.cpu().double(), facts(batch) if facts else torch.zeros(hit.shape, dtype=torch.bool)
         sums += torch.tensor([losses.sum(), hit.sum(), hit.all(dim=1).sum(), losses[mask].sum(), hit.numel(), len(hit),
                               mask.sum()])
-    model.train(training)
     if world > 1:
         sums = sums.to(device)
         torch.distributed.all_reduce(sums)
@@ -132,14 +132,13 @@ def text_of(ids, tokenizer):
 
 
 def passage(model, batch, tokenizer, device, length=None):
-    """The targets of a batch, or their first `length` tokens, and what the model generates: two lists of texts."""
-    training, batch = model.training, to_device(batch, device)
+    """The targets of a batch, or their first `length` tokens, and what the model generates: pairs of texts."""
+    batch = to_device(batch, device)
     target = batch[OBJECTIVES[model.objective]][:, :length]
     model.eval()
     with autocast(device):
         generated = model.generate(batch, target.shape[1])
-    model.train(training)
-    return [[text_of(row, tokenizer) for row in ids.tolist()] for ids in (target, generated)]
+    return [[text_of(ids, tokenizer) for ids in pair] for pair in zip(target.tolist(), generated.tolist())]
 
 
 def edit_distance(a, b):
@@ -204,7 +203,7 @@ def read_page(args, device):
 
 
 def row_of(folder, args, device):
-    """Evaluate a run -> its row of the table as a dict, and [(segment, original, generated)]."""
+    """Evaluate a run -> its row of the table as a dict, and [(original, generated)]."""
     model, tokenizer, config = load_run(folder, device)
     run, page = config['run'], {k: v for k, v in vars(args).items() if k in ('font', 'font_size', 'line_spacing') and v}
     data, image_size = args.data or run['data'], getattr(model.encoder, 'image_size', None)
@@ -220,11 +219,9 @@ def row_of(folder, args, device):
         positions, c = model.prefix(one).shape[1], model.decoder.config
         timer = Timer('model.prefix(one)', globals={'model': model, 'one': one}).blocked_autorange()
     kv_bytes = 4 * c.num_hidden_layers * c.num_key_value_heads * c.hidden_size // c.num_attention_heads   # a position
-    texts = []
-    for n in range(min(-(-args.generate // args.batch_size), len(batches))):
-        texts += zip(*passage(model, batches[n], tokenizer, device))
-    texts = texts[:args.generate]
-    errors, length = (sum(map(f, texts)) for f in (lambda pair: edit_distance(*pair), lambda pair: len(pair[0])))
+    pairs = (pair for n in range(len(batches)) for pair in passage(model, batches[n], tokenizer, device))
+    texts = list(islice(pairs, args.generate))
+    errors, length = sum(edit_distance(*pair) for pair in texts), sum(len(original) for original, _ in texts)
     labels = {**run['settings'], 'hybrid': run['hybrid'] or '', **page}
     published = PUBLISHED.get((run['objective'], run['regime'], positions)) if run['context'] == 1000 else None
     return {
@@ -260,15 +257,12 @@ def main(argv=None):
     add('--prompt', default='Free OCR.', help='what to do with it (default "Free OCR.")')
     add('--max_new_tokens', type=positive, default=1000, help='to read at most (default 1000)')
     args = parser.parse_args(argv)
-    device, rows, passages = pick_device(args.device), [], []
+    device = pick_device(args.device)
     if args.image:
         return read_page(args, device)
     if not args.runs:
         parser.error('give a RUN or an --image')
-    for folder in args.runs:
-        row, texts = row_of(folder, args, device)
-        rows.append(row)
-        passages += [(folder, row['objective'], *pair) for pair in texts]
+    rows, passages = zip(*(row_of(folder, args, device) for folder in args.runs))
     for row in rows:
         whole = [other['PPL'] for other in rows if other['regime'] == 'text' and other['KV saved'] == 0
                  and other['objective'] == row['objective']]
@@ -283,9 +277,9 @@ def main(argv=None):
             csv.DictWriter(f, rows[0]).writerows(rows)
     if args.plot:
         plot(rows, args.plot)
-    for folder, objective, original, generated in passages:
-        print(f'\n{folder}', end='')
-        show(original, generated, objective)
+    for row, texts in zip(rows, passages):
+        for pair in texts:
+            show(*pair, f'{row["objective"]} by {row["run"]}')
 
 
 if __name__ == '__main__':

@@ -107,33 +107,12 @@ def parse_args(argv=None):
     return args
 
 
-def corpus(args, tokenizer):
-    """The folder of the prepared corpus that --data names; made under corpora/ where --data is a source."""
-    folder, length = Path(args.data), 128 if args.model == 'tiny' else 1000
-    if not (folder / 'meta.json').exists():
-        lengths = args.context or length, args.continuation or length
-        folder = Path('corpora', '_'.join([re.sub(r'\W+', '_', args.data), tokenizer.name, *map(str, lengths)]))
-        if not folder.exists():
-            prepare(args.data, folder, tokenizer, *lengths)
-    return str(folder)
-
-
 def learning_rate_scale(step, steps, warmup_ratio):
     """Share of the peak rate at a step: up in a line from 0.1 to 1 over the warm-up, then down half a cosine to 0."""
     warmup = int(warmup_ratio * steps)
     if step < warmup:
         return 0.1 + 0.9 * step / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-
-
-@torch.no_grad()
-def training_flops(model, batch, device):
-    """FLOPs of training on a segment: 3 times the forward pass, whose encoder is counted as it runs."""
-    one = to_device({k: v[:1] for k, v in batch.items()}, device)
-    with autocast(device), FlopCounterMode(display=False) as counter:
-        positions = model.prefix(one).shape[1]
-    targets = one[OBJECTIVES[model.objective]].shape[1]
-    return 3 * (counter.get_total_flops() + model.decoder.forward_flops(positions + targets, targets))
 
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)              # an optimiser's state, shards joined
@@ -208,15 +187,19 @@ def main(argv=None):
     tokenizer = tokenizer_of(args.model)
     if world > 1:
         dist.init_process_group('nccl' if on_cuda else 'gloo')
-        if rank > 0:
-            dist.barrier()                                        # until rank 0 has prepared the corpus
-    data = corpus(args, tokenizer)
-    if world > 1 and rank == 0:
-        dist.barrier()
+    data, length = args.data, 128 if args.model == 'tiny' else 1000
+    if not Path(data, 'meta.json').exists():                      # a source, to be prepared
+        lengths = args.context or length, args.continuation or length
+        data = 'corpora/' + '_'.join([re.sub(r'\W+', '_', data), tokenizer.name, *map(str, lengths)])
+        if rank == 0 and not Path(data).exists():
+            prepare(args.data, data, tokenizer, *lengths)
+    if world > 1:
+        dist.barrier()                                            # until rank 0 has prepared it
     meta = open_corpus(data, tokenizer, args.context, args.continuation)
     model, _, config = load(args.model, args.regime, meta['context'], args.objective, args.hybrid_text_tokens, device,
                             torch.bfloat16 if args.weights == 'bf16' else torch.float32, **settings)
-    config['run'].update(data=data, args={**kept, 'data': data, **{k: meta[k] for k in ('context', 'continuation')}})
+    kept.update(data=data, context=meta['context'], continuation=meta['continuation'])
+    config['run'].update(data=data, args=kept)
     model.decoder.grad_checkpoint = args.grad_checkpoint
     if not args.train_encoder:
         model.encoder.requires_grad_(False)
@@ -225,9 +208,11 @@ def main(argv=None):
     train, some, val = side('train'), side('val', args.eval_segments), side('val')
     workers = (2 if image_size or on_cuda else 0) if args.workers is None else args.workers
     args.steps = args.steps or -(-len(train) // G)
-    step_flops = args.batch_size * G * training_flops(model, train[0], device)
+    with torch.no_grad(), autocast(device), FlopCounterMode(display=False) as counter:
+        B, positions, _ = model.prefix(to_device(train[0], device)).shape
+    targets = meta[OBJECTIVES[args.objective]]                    # training is three times the forward pass
+    step_flops = 3 * G * (counter.get_total_flops() + B * model.decoder.forward_flops(positions + targets, targets))
     count = lambda part: sum(p.numel() for p in part.parameters())
-    sizes = f'encoder {count(model.encoder):,}', f'decoder {count(model.decoder):,}'
     if fsdp:
         for layer in [*model.decoder.layers, model]:
             fully_shard(layer, reshard_after_forward=True)
@@ -243,9 +228,9 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     log = open_log(args, start) if rank == 0 else lambda *_, **__: None
     if rank == 0:
-        print(f'{out}: {args.regime} {config["run"]["settings"]}, {args.objective}; {sizes[0]} parameters at '
-              f'{encoder_lr:g}, {sizes[1]} at {args.learning_rate:g}; {train.n:,} segments; '
-              f'{step_flops / 1e12:.3g} TFLOP a step; on {world} x {device.type}')
+        print(f'{out}: {args.regime} {config["run"]["settings"]}, {args.objective}; encoder {count(model.encoder):,} '
+              f'parameters at {encoder_lr:g}, decoder {count(model.decoder):,} at {args.learning_rate:g}; '
+              f'{train.n:,} segments; {step_flops / 1e12:.3g} TFLOP a step; on {world} x {device.type}')
 
     # ---- training: batch n is a function of seed and n alone, so a step number is all that there is to resume from
     stop = []
@@ -258,8 +243,8 @@ def main(argv=None):
     by_itself = args.optimizer == 'adamw' and not fsdp
     clock, clock_step, skipped = time.time(), start, torch.zeros((), device=device)
     peak = next((peak for name, peak in PEAK.items() if on_cuda and name in torch.cuda.get_device_name(device)), None)
-    model.train()
     for step in range(start + 1, args.steps + 1):
+        model.train()
         for group in optimizer.param_groups:
             group['lr'] = group['peak'] * learning_rate_scale(step - 1, args.steps, args.warmup_ratio)
         loss = 0.0
@@ -312,7 +297,7 @@ def main(argv=None):
     if world > 1:
         dist.destroy_process_group()
     if rank == 0:
-        show(texts[0][0], texts[1][0], args.objective)
+        show(*texts[0], args.objective)
         print(f'saved in {out}: python eval.py {out}. For the real model, with DIR from data.py:\n    python train.py '
               f'--regime {args.regime} --objective {args.objective} --data DIR --model deepseek-ai/DeepSeek-OCR')
 

@@ -12,7 +12,7 @@ import torch
 import train
 from conftest import ROOT
 from data import prepare
-from decoder import Decoder, DecoderConfig, Autoencoder, KVCache
+from decoder import Decoder, DecoderConfig, Autoencoder
 from encoders import ENCODERS, VisionConfig
 from load_deepseek import load, load_run, tokenizer_of
 
@@ -173,7 +173,7 @@ def test_generation_with_the_cache_is_generation_without():
     torch.manual_seed(0)
     sampled = model.generate(batch, 40, temperature=1.0)
     assert sampled.shape == (3, 40) and not torch.equal(sampled, cached)
-    cache = KVCache(10)
+    cache = {}
     model.decoder(torch.zeros(1, 4, 128), cache)
     with pytest.raises(AssertionError, match='2 positions at once, after 4'):
         model.decoder(torch.zeros(1, 2, 128), cache)
