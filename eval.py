@@ -175,8 +175,10 @@ def plot(rows, path):
             ratios = sorted({row['ratio'] for row in points})
             means = [np.mean([row['PPL'] for row in points if row['ratio'] == ratio]) for ratio in ratios]
             name, style = ('truncation', '--') if regime == 'text' else (regime, '-')
-            ax.plot(ratios, means, style, color=f'C{color}', label=name)
-            ax.plot([row['ratio'] for row in points], [row['PPL'] for row in points], 'o', color=f'C{color}', ms=4)
+            if len(ratios) > 2:                                               # two points are no curve
+                ax.plot(ratios, means, style, color=f'C{color}')
+            xy = [row['ratio'] for row in points], [row['PPL'] for row in points]
+            ax.plot(*xy, 'o', color=f'C{color}', label=name)
             hollow = [(row['ratio'], row['published']) for row in points if row['published']]
             ax.plot(*zip(*hollow) if hollow else ([], []), 'o', mfc='none', color=f'C{color}', ms=9)
         ax.set(title=objective, ylabel='perplexity', xlabel='compression: context tokens / positions before the target')
