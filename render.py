@@ -27,16 +27,23 @@ def load_font(name, size):
         raise SystemExit(f'{name}: no such font file; pip install matplotlib brings DejaVuSans.ttf')
 
 
+@lru_cache(maxsize=100_000)
+def kerning(font, size, pair):
+    """How much further apart two letters stand than each by itself, in pixels."""
+    face = load_font(font, size)
+    return face.getlength(pair) - face.getlength(pair[0]) - face.getlength(pair[1])
+
+
 @lru_cache(maxsize=200_000)
 def measure(font, size, word):
     """Of a word set at x = 0, in pixels: where the next character would go, and where its ink begins and ends."""
-    if len(word) < 3:
+    if len(word) == 1:
         left, _, right, _ = load_font(font, size).getbbox(word)
         return load_font(font, size).getlength(word), left, right
     x, begin, end = measure(font, size, word[0])                              # letter by letter: asking Pillow is slow
     for before, letter in zip(word, word[1:]):
+        x += kerning(font, size, before + letter)
         advance, left, right = measure(font, size, letter)
-        x += measure(font, size, before + letter)[0] - measure(font, size, before)[0] - advance         # they may kern
         x, begin, end = x + advance, min(begin, x + left), max(end, x + right)
     return x, begin, end
 
