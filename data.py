@@ -239,6 +239,7 @@ def positive(text):
 
 
 def main(argv=None):
+    """The command line: prepare() into a folder that must not exist yet. Raises SystemExit."""
     parser = argparse.ArgumentParser(description='Tokenise documents to segments on disk.')
     parser.add_argument('source', help='finewiki, pydoc, stdlib, or a file or folder')
     parser.add_argument('--out', required=True, help='folder to make')

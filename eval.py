@@ -60,6 +60,7 @@ def autocast(device):
 
 
 def to_device(batch, device):
+    """A batch's tensors on the device; from pinned memory the host does not wait for the copy."""
     return {name: x.to(device, non_blocking=True) for name, x in batch.items()}
 
 
@@ -238,6 +239,7 @@ def row_of(folder, args, device):
 
 
 def main(argv=None):
+    """The command line: a row a run, then picture and passages; or a page read. Raises SystemExit."""
     parser = argparse.ArgumentParser(description='Evaluate runs: a table, a picture, passages that each makes anew.')
     add = parser.add_argument
     add('runs', nargs='*', metavar='RUN', help='folder of a run')

@@ -254,6 +254,7 @@ def save(tensors, config, folder, step=0, source=None):
 
 
 def main(argv=None):
+    """The command line: load_run() and save() in bf16, into a folder that must not exist yet. Raises SystemExit."""
     parser = argparse.ArgumentParser(description="Write a run's weights in bf16 under DeepSeek-OCR's names.")
     parser.add_argument('run', help='folder of a run')
     parser.add_argument('--export', required=True, metavar='DIR', help='new folder for the checkpoint')

@@ -112,6 +112,7 @@ def render_page(text, size, font='DejaVuSans.ttf', font_size=None, line_spacing=
 
 
 def main(argv=None):
+    """The command line. Raises SystemExit for a file that cannot be read, drawn or written."""
     parser = argparse.ArgumentParser(description='Draw a text file as the page that the vision encoder sees.')
     parser.add_argument('file', help='UTF-8 text')
     parser.add_argument('--size', type=int, default=640, help='page side in pixels (default 640)')

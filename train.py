@@ -41,8 +41,8 @@ TINY = dict(steps=700, gradient_accumulation_steps=1, learning_rate=3e-3, beta2=
 PEAK = {'H200': 989, 'H100': 989, 'A100': 312, 'L40S': 362, '4090': 165, '3090': 71}    # dense bf16 TFLOP/s, vendors'
 
 
-def parse_args(argv=None):
-    """The flags. What the command line leaves open comes from the run that --resume or --model names, or from TINY."""
+def flags():
+    """The parser of the command line, with the settings of every encoder as flags."""
     parser = argparse.ArgumentParser(
         description='Train an encoder and a decoder on one objective.', usage='python train.py [--flag value ...]',
         epilog=f'Other defaults of the tiny model: {TINY}. Those of a run are the flags that it was made with.',
@@ -92,7 +92,13 @@ def parse_args(argv=None):
     flag('eval_segments', positive, 500, 'validation segments in each but the last, which has all')
     flag('save_steps', positive, 500, 'steps between saves')
     flag('wandb', str, None, 'project of Weights & Biases to log to as well')
+    return parser
 
+
+def parse_args(argv=None):
+    """What the command line leaves open comes from the run that --resume or --model names, or from TINY. Raises
+    SystemExit where --resume has no run."""
+    parser = flags()
     args = parser.parse_args(argv)
     folder = lambda args: args.output_dir or f'out/{args.regime}' + '_lm' * (args.objective == 'lm')
     model = folder(args) if args.resume else args.model
@@ -142,8 +148,8 @@ def restore(out, model, optimizer):
         set_optimizer_state_dict(model, optimizer, state['optimizer'], options=WHOLE)
     except Exception as e:                     # torch raises a dozen kinds
         raise SystemExit(f'{out}/trainer-{step:08d}.pt: missing, damaged or of other flags ({type(e).__name__})')
-    for group, flags in zip(optimizer.param_groups, now):
-        group.update(flags)                    # what the command line says goes before what was saved
+    for group, given in zip(optimizer.param_groups, now):
+        group.update(given)                    # what the command line says goes before what was saved
     torch.set_rng_state(state['rng'])
     return step, state['best']
 
@@ -167,6 +173,7 @@ def open_log(args, start):
 
 
 def main(argv=None):
+    """The run, from top to bottom; under torchrun each process runs it. Raises SystemExit for a user's mistake."""
     args = parse_args(argv)
     settings = {name: vars(args).pop(name) for encoder in ENCODERS.values() for name in settings_of(encoder)}
     kept = {name: value for name, value in vars(args).items() if name not in ('model', 'output_dir', 'resume')}
@@ -234,7 +241,8 @@ def main(argv=None):
 
     # ---- training: batch n is a function of seed and n alone, so a step number is all that there is to resume from
     stop = []
-    for name in (signal.SIGINT, signal.SIGTERM):                  # finish the step, save, leave; at once if asked again
+    # Asked to stop: finish the step (several processes: go on to the next report), save, leave. Asked again: leave.
+    for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda name, _: stop.append(signal.signal(name, signal.SIG_DFL)))
     mine = range(start * G + rank, args.steps * G, world)         # each process has its share of the micro-batches
     batches = iter(DataLoader(train, batch_size=None, sampler=mine, num_workers=workers, pin_memory=on_cuda))
