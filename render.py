@@ -28,87 +28,94 @@ def load_font(name, size):
 
 
 @lru_cache(maxsize=100_000)
-def kerning(font, size, pair):
-    """How much further apart two letters stand than each by itself, in pixels."""
-    face = load_font(font, size)
-    return face.getlength(pair) - face.getlength(pair[0]) - face.getlength(pair[1])
+def measure(font, size, letters):
+    """Of one letter or two set at x = 0, in pixels: where the next would go, and where their ink begins and ends."""
+    left, _, right, _ = load_font(font, size).getbbox(letters)
+    return load_font(font, size).getlength(letters), left, right
 
 
-@lru_cache(maxsize=200_000)
-def measure(font, size, word):
-    """Of a word set at x = 0, in pixels: where the next character would go, and where its ink begins and ends."""
-    if len(word) == 1:
-        left, _, right, _ = load_font(font, size).getbbox(word)
-        return load_font(font, size).getlength(word), left, right
-    x, begin, end = measure(font, size, word[0])                              # letter by letter: asking Pillow is slow
-    for before, letter in zip(word, word[1:]):
-        x += kerning(font, size, before + letter)
-        advance, left, right = measure(font, size, letter)
-        x, begin, end = x + advance, min(begin, x + left), max(end, x + right)
-    return x, begin, end
+@lru_cache(maxsize=20_000)
+def rasterize(font, size, letter):
+    """The pixels that a letter set at (0, 0) touches: columns, rows and coverage of 0 to 255, each (pixels,)."""
+    mask, (x, y) = load_font(font, size).getmask2(letter, mode='L')
+    mask = np.frombuffer(bytes(mask), np.uint8).reshape(mask.size[::-1])
+    rows, columns = mask.nonzero()
+    return columns + x, rows + y, mask[rows, columns].astype(np.int32)
 
 
-@lru_cache(maxsize=100_000)
-def rasterize(font, size, word):
-    """The coverage of a word's pixels, 0 to 255 (h, w), and that array's offset (x, y) from where the word is set."""
-    mask, offset = load_font(font, size).getmask2(word, mode='L')
-    return np.frombuffer(bytes(mask), np.uint8).reshape(mask.size[::-1]), *offset
+def set_line(text, font, size):
+    """Of each letter of a text on one line, in pixels: where it is set, where its ink begins and ends, each (n,)."""
+    codes, which = np.unique([ord(letter) for letter in text], return_inverse=True)
+    letters = [chr(code) for code in codes]
+    advance, left, right = np.array([measure(font, size, letter) for letter in letters]).T[:, which]
+    pairs, kind = np.unique(which[:-1] * len(letters) + which[1:], return_inverse=True)
+    pairs = [letters[pair // len(letters)] + letters[pair % len(letters)] for pair in pairs]
+    lengths = np.array([measure(font, size, pair)[0] for pair in pairs])[kind]     # two advances, unless the pair kerns
+    x = np.append(0, np.cumsum(lengths - advance[1:]))
+    return x, x + left, x + right
 
 
-def wrap(words, font, size, width):
-    """Fill lines greedily, each at most `width` pixels of ink; a line is a list of (x, word). A space never kerns, so a
-    line's extent follows from those of its words; where rounding could decide, Pillow measures it."""
-    lines, space = [], measure(font, size, ' ')[0]
-    x = begin = end = 0
-    for word in words:
-        advance, left, right = measure(font, size, word)
-        begin, end = min(begin, x + left), max(end, x + right)
-        extent = end - begin
-        if lines and abs(extent - width) < 1 and extent % 1:
-            box = load_font(font, size).getbbox(' '.join([w for _, w in lines[-1]] + [word]))
-            extent = box[2] - box[0]
-        if not lines or extent > width:
-            lines.append([])
-            x, begin, end = 0, left, right
-        lines[-1].append((x, word))
-        x += advance + space
-    return lines
+def wrap(text, font, size, width):
+    """Fill lines greedily with words that have one space between them, at most `width` pixels of ink to a line -> where
+    lines start and stop in the text (lines,), and the x of every letter if all were one line (n,)."""
+    x, begin, end = set_line(text, font, size)
+    words = np.array([len(word) for word in text.split(' ')])
+    stops = np.cumsum(words + 1) - 1
+    starts = stops - words
+    end[stops[:-1]] = 0                                           # a space has no ink
+    begin, end = np.minimum.reduceat(begin, starts), np.maximum.reduceat(end, starts)
+    lines, word = [], 0
+    while word < len(words):
+        after = max(word + 1, np.searchsorted(end, begin[word] + width - 1, 'right'))
+        while after < len(words) and (extent := end[after] - begin[word]) < width + 1:
+            if extent % 1:                                        # kerning moves by 1/64 of a pixel, and Pillow rounds
+                left, _, right, _ = load_font(font, size).getbbox(text[starts[word]:stops[after]])
+                extent = right - left
+            if extent > width:
+                break
+            after += 1
+        lines.append((starts[word], stops[after - 1]))
+        word = after
+    return *np.array(lines).T, x
 
 
 def render_page(text, size, font='DejaVuSans.ttf', font_size=None, line_spacing=1.2, margin=0.05, ink='black',
                 paper='white'):
     """Draw text on a page of size x size pixels -> RGB image, type size, lines drawn, the text that did not fit or ''.
     The type size is font_size, else the largest of 4 to 30 at which all fits, or 4. Raises SystemExit for a font."""
-    words, edge = text.split(), int(margin * size)
-    room = size - 2 * edge
-    low, high = font_size or 4, font_size or 30
+    text, edge, page = ' '.join(text.split()), int(margin * size), Image.new('RGB', (size, size), paper)
+    room, low, high = size - 2 * edge, font_size or 4, font_size or 30
+    if not text:
+        return page, high, 0, ''
     while low < high:
         middle = (low + high + 1) // 2
-        advance = sum(min(measure(font, middle, word)[0], room) for word in words)    # more than full lines hold?
-        fits = advance <= (room + middle) * (room // int(line_spacing * middle)) and \
-            len(wrap(words, font, middle, room)) * int(line_spacing * middle) <= room
+        fits = len(wrap(text, font, middle, room)[0]) * int(line_spacing * middle) <= room
         low, high = (middle, high) if fits else (low, middle - 1)
-    lines, step = wrap(words, font, low, room), int(line_spacing * low)
-    drawn = min(len(lines), room // step)
+    (starts, stops, x), step = wrap(text, font, low, room), int(line_spacing * low)
+    drawn = min(len(starts), room // step)
+    rest = text[starts[drawn]:] if drawn < len(starts) else ''
+    if not drawn:
+        return page, low, 0, rest
 
-    fraction = lambda x: abs(x - round(x))
-    coverage = np.zeros((size + 2 * step, 2 * size), np.uint8)                # with room for what runs off the page
-    for row, line in enumerate(lines[:drawn]):
-        # Pillow's kerning moves letters by 1/64 pixel each, which can add up to one: draw such a line whole.
-        if any(fraction(x) + fraction(measure(font, low, word)[0]) >= 0.5 for x, word in line):
-            line = [(0, ' '.join(word for _, word in line))]
-        for x, word in line:
-            pixels, dx, dy = rasterize(font, low, word)
-            top, start = edge + row * step + dy, max(edge + round(x) + dx, 0)
-            area = coverage[top:top + pixels.shape[0], start:start + pixels.shape[1]]
-            pixels = pixels[:area.shape[0], :area.shape[1]]
-            if area.any():                                          # a mark on a neighbour: a + b - a b / 255, which
-                over = pixels * (255 - area).astype(np.int32) + 128           # Pillow rounds like this
-                pixels = area + (over + (over >> 8) >> 8)
-            area[:] = pixels
-    page = Image.new('RGB', (size, size), paper)
-    page.paste(ink, mask=Image.fromarray(coverage[:size, :size]))
-    return page, low, drawn, ' '.join(word for line in lines[drawn:] for _, word in line)
+    text, x = text[:stops[drawn - 1]], x[:stops[drawn - 1]]
+    line = np.repeat(np.arange(drawn), np.diff(stops[:drawn], prepend=0))     # of each letter
+    left = edge + np.floor(x - x[starts[line]] + 0.5).astype(int)             # Pillow sets letters at whole pixels
+    inked = {letter: rasterize(font, low, letter) for letter in set(text)}
+    columns, rows, values = zip(*(inked[letter] for letter in text))
+    counts = [len(v) for v in values]
+    columns = np.repeat(left, counts) + np.concatenate(columns)
+    rows, values = np.repeat(edge + line * step, counts) + np.concatenate(rows), np.concatenate(values)
+    on = (columns >= 0) & (columns < size) & (rows >= 0) & (rows < size)
+    pixels, values = (rows * size + columns)[on], values[on]
+    coverage, first = np.zeros(size * size, np.int32), np.zeros(size * size, int)
+    while len(pixels):                                            # once, and again for the pixels that letters share
+        first[pixels[::-1]] = np.arange(len(pixels))[::-1]        # the last assignment is the one that stays
+        now = first[pixels] == np.arange(len(pixels))
+        over = values[now] * (255 - coverage[pixels[now]]) + 128
+        coverage[pixels[now]] += over + (over >> 8) >> 8          # a + b - a b / 255, rounded as Pillow does
+        pixels, values = pixels[~now], values[~now]
+    page.paste(ink, mask=Image.fromarray(coverage.astype(np.uint8).reshape(size, size)))
+    return page, low, drawn, rest
 
 
 def main(argv=None):

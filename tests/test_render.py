@@ -37,14 +37,14 @@ def test_lines_are_those_that_pillow_would_draw(size):
             line = word
         else:
             line = f'{line} {word}' if line else word
-    lines = render.wrap(words, FONT, size, 500)
-    assert [' '.join(word for _, word in line) for line in lines] == expected + [line]
     text = ' '.join(words)
+    lines = lambda width: [text[start:stop] for start, stop in zip(*render.wrap(text, FONT, size, width)[:2])]
+    assert lines(500) == expected + [line]
     page, _, drawn, _ = render.render_page(text, 1024, font_size=size)
     whole = Image.new('RGB', (1024, 1024), 'white')
     edge, step = int(0.05 * 1024), int(1.2 * size)
-    for i, line in enumerate(render.wrap(words, FONT, size, 1024 - 2 * edge)[:drawn]):
-        ImageDraw.Draw(whole).text((edge, edge + i * step), ' '.join(word for _, word in line), fill='black', font=font)
+    for i, line in enumerate(lines(1024 - 2 * edge)[:drawn]):
+        ImageDraw.Draw(whole).text((edge, edge + i * step), line, fill='black', font=font)
     assert (np.asarray(page) == np.asarray(whole)).all()
 
 
