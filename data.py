@@ -15,6 +15,7 @@ import hashlib
 import json
 import lzma
 import math
+import os
 import re
 import shutil
 import sysconfig
@@ -145,10 +146,9 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
     limit = {'train': train_segments or math.inf, 'val': val_segments or math.inf}
     wanted = sum(limit.values())
     share = limit['val'] / wanted if wanted < math.inf else 0.1
-    folder = out.with_name(out.name + '.tmp')
-    if folder.exists():
-        print(f'{folder}: left by a preparation that was cut short; starting again')
-        shutil.rmtree(folder)
+    folder = out.with_name(f'{out.name}.tmp{os.getpid()}')        # several processes may prepare the same corpus
+    for other in out.parent.glob(f'{out.name}.tmp*'):
+        print(f'{other}: left by a preparation that was cut short, unless one is under way; starting afresh')
     folder.mkdir(parents=True)
     with open(folder / 'train.bin', 'wb') as train, open(folder / 'val.bin', 'wb') as val, \
             tqdm(desc=str(source), total=wanted, unit=' segments') as bar:    # tells the time left unless that is inf
@@ -172,7 +172,10 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
     meta = {'source': str(source), 'tokenizer': fingerprint(tokenizer), 'context': context,
             'continuation': continuation, 'dtype': dtype, **counts}
     (folder / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
-    folder.replace(out)
+    try:
+        folder.replace(out)
+    except OSError:                            # another process was faster, with the same result
+        shutil.rmtree(folder)
     print(f'{out}: {told}')
 
 
@@ -231,11 +234,17 @@ class Batches(torch.utils.data.Dataset):
         return batch
 
 
-def positive(text):
-    """The type of flags that count something."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text} is not at least 1')
-    return int(text)
+def number(kind, least, most=math.inf):
+    """The type of a flag: a number of that kind, from `least` to `most`."""
+    def parse(text):
+        if not least <= kind(text) <= most:
+            raise argparse.ArgumentTypeError(f'{text} is not from {least} to {most}')
+        return kind(text)
+    parse.__name__ = kind.__name__
+    return parse
+
+
+positive = number(int, 1)
 
 
 def main(argv=None):

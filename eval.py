@@ -33,7 +33,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Batches, open_corpus, positive
+from data import Batches, number, open_corpus, positive
 from decoder import OBJECTIVES
 from load_deepseek import load, load_run, optional
 
@@ -245,15 +245,15 @@ def main(argv=None):
     add('runs', nargs='*', metavar='RUN', help='folder of a run')
     add('--data', help='another prepared corpus (default: the one that the run was trained on)')
     add('--segments', type=positive, help='validation segments (default: all)')
-    add('--generate', type=int, default=1, metavar='N', help='passages a run makes anew (default 1)')
-    add('--kept', type=int, help='last context tokens that hold no fact (default: a quarter of the context)')
+    add('--generate', type=number(int, 0), default=1, metavar='N', help='passages a run makes anew (default 1)')
+    add('--kept', type=number(int, 0), help='last context tokens that hold no fact (default: a quarter of the context)')
     add('--csv', metavar='FILE', help='write the table there as well')
     add('--plot', metavar='FILE', help='draw it there as well')
     add('--font', help='font file of the pages (default DejaVuSans.ttf)')
     add('--font_size', type=positive, help='in pixels (default: the largest of 4 to 30 at which the text fits)')
-    add('--line_spacing', type=float, help='in type sizes (default 1.2)')
+    add('--line_spacing', type=number(float, 0.5), help='in type sizes (default 1.2)')
     add('--batch_size', type=positive, default=16, help='segments at once (default 16)')
-    add('--workers', type=int, default=0, help='processes that draw pages (default 0)')
+    add('--workers', type=number(int, 0), default=0, help='processes that draw pages (default 0)')
     add('--device', default='auto', help='cpu, cuda, mps (default: cuda where there is one)')
     add('--image', metavar='FILE', help='read this page instead; the other flags say how')
     add('--model', default='deepseek-ai/DeepSeek-OCR', help='that reads it (default deepseek-ai/DeepSeek-OCR)')
@@ -275,12 +275,15 @@ def main(argv=None):
     print('| ' + ' | '.join(columns) + ' |\n|' + '---|' * len(columns))
     for row in rows:
         print('| ' + ' | '.join('' if row[name] is None else str(row[name]) for name in columns) + ' |')
-    if args.csv:
-        with open(args.csv, 'w', newline='', encoding='utf-8') as f:
-            csv.DictWriter(f, rows[0]).writeheader()
-            csv.DictWriter(f, rows[0]).writerows(rows)
-    if args.plot:
-        plot(rows, args.plot)
+    try:
+        if args.csv:
+            with open(args.csv, 'w', newline='', encoding='utf-8') as f:
+                csv.DictWriter(f, rows[0]).writeheader()
+                csv.DictWriter(f, rows[0]).writerows(rows)
+        if args.plot:
+            plot(rows, args.plot)
+    except (OSError, ValueError) as e:
+        raise SystemExit(f'not written: {e}')
     for row, texts in zip(rows, passages):
         for pair in texts:
             show(*pair, f'{row["objective"]} by {row["run"]}')

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import Batches, open_corpus, positive, prepare
+from data import Batches, number, open_corpus, positive, prepare
 from decoder import OBJECTIVES
 from encoders import ENCODERS, settings_of
 from eval import autocast, evaluate, passage, pick_device, show, to_device
@@ -57,7 +57,7 @@ def flags():
     flag('model', str, 'tiny', 'tiny, full (random weights), a hub id, a folder or a run')
     flag('regime', str, 'meanpool', 'what stands for the context', choices=ENCODERS)
     flag('objective', str, 'reconstruction', 'what to predict from it', choices=OBJECTIVES)
-    flag('hybrid_text_tokens', int, 0, 'last context tokens, as plain ones behind the memory')
+    flag('hybrid_text_tokens', number(int, 0), 0, 'last context tokens, as plain ones behind the memory')
     group.add_argument('--train_encoder', '--train-encoder', default=True, action=argparse.BooleanOptionalAction)
     flag('data', str, 'pydoc', 'a folder that data.py made, or a source for data.py')
     flag('context', positive, None, 'context tokens a segment (default: those of --data; or 1000, for tiny 128)')
@@ -72,12 +72,12 @@ def flags():
     flag('steps', positive, None, 'optimiser steps (default: one epoch)')
     flag('batch_size', positive, 8, 'segments in a micro-batch')
     flag('gradient_accumulation_steps', positive, 6, 'micro-batches in a step, of all processes')
-    flag('learning_rate', float, 1e-4, 'peak of the schedule')
-    flag('encoder_lr', float, None, "the encoder's (default: 1e-5 if it is pretrained vision, else the same)")
-    flag('weight_decay', float, 0.01, 'on all parameters')
-    flag('beta2', float, 0.999, "AdamW's second")
-    flag('warmup_ratio', float, 0.1, 'share of the steps that warm up')
-    flag('max_grad_norm', float, 1.0, 'clip the gradient to this norm')
+    flag('learning_rate', number(float, 0), 1e-4, 'peak of the schedule')
+    flag('encoder_lr', number(float, 0), None, "the encoder's (default: 1e-5 if it is pretrained vision, else the same)")
+    flag('weight_decay', number(float, 0), 0.01, 'on all parameters')
+    flag('beta2', number(float, 0, 0.999999), 0.999, "AdamW's second")
+    flag('warmup_ratio', number(float, 0, 1), 0.1, 'share of the steps that warm up')
+    flag('max_grad_norm', number(float, 0), 1.0, 'clip the gradient to this norm')
     flag('optimizer', str, 'adamw', "adafactor keeps little state; its rate is a share of a weight's size: 5e-3",
          choices=('adamw', 'adafactor'))
     flag('weights', str, 'fp32', "as they are trained; bf16 is the authors'", choices=('fp32', 'bf16'))
@@ -85,8 +85,8 @@ def flags():
     flag('fsdp', bool, False, 'shard weights, gradients and optimiser among the processes', action='store_true')
     flag('compile', bool, None, 'torch.compile (default: on CUDA)', action=argparse.BooleanOptionalAction)
     flag('device', str, 'auto', 'cpu, cuda, mps; auto is cuda where there is one')
-    flag('workers', int, None, 'processes that prepare batches (default: 2 on CUDA or to draw pages, else 0)')
-    flag('seed', int, 0, 'of new weights and of the order of the data')
+    flag('workers', number(int, 0), None, 'processes that prepare batches (default: 2 on CUDA or to draw pages, else 0)')
+    flag('seed', number(int, 0), 0, 'of new weights and of the order of the data')
     flag('log_steps', positive, 10, 'steps between lines of the log')
     flag('eval_steps', positive, 500, 'steps between validations')
     flag('eval_segments', positive, 500, 'validation segments in each but the last, which has all')

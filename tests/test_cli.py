@@ -41,8 +41,10 @@ def refused(capsys, main, command, message):
     ('--regime vision --vision_mode 100', 'vision_mode 100'),
     ('--objective guess', 'invalid choice'),
     ('--wndow 3', 'unrecognized arguments'),
-    ('--batch_size 0', '--batch_size: 0 is not at least 1'),
-    ('--steps x', 'invalid positive'),
+    ('--batch_size 0', '--batch_size: 0 is not from 1 to inf'),
+    ('--steps x', "--steps: invalid int value: 'x'"),
+    ('--workers -1', '--workers: -1 is not from 0'),
+    ('--beta2 2', '--beta2: 2 is not from 0'),
     ('--device tpu', '--device tpu'),
     ('--data nowhere.txt', 'nowhere.txt'),
     ('--data empty.txt', 'empty.txt'),
@@ -91,6 +93,7 @@ def test_eval_and_render(here, capsys):
     save(released_tensors(model, 'meanpool'), config, here / 'run')
     (here / 'run' / 'config.json').write_text(json.dumps({'language_config': {}}), encoding='utf-8')
     refused(capsys, evaluation.main, 'run', 'not a run')
+    refused(capsys, evaluation.main, 'run --kept -1', '--kept')
     refused(capsys, render.main, 'nowhere.txt', 'nowhere.txt')
     (here / 'binary').write_bytes(b'\xff\xfe\x00')
     refused(capsys, render.main, 'binary', 'binary')

@@ -140,21 +140,23 @@ def test_pieces_join_to_the_text():
         assert ''.join(parts) == text and all(0 < len(part) <= 100_000 for part in parts)
 
 
-def test_killed_at_any_moment_nothing_wrong_is_left(tmp_path):
-    """kill -9 during preparation: either there is no corpus, or it is the whole one."""
-    (tmp_path / 'in.jsonl').write_text('\n'.join(json.dumps({'text': TEXT * 100}) for _ in range(2000)), encoding='utf-8')
+def test_killed_or_twice_at_once_nothing_wrong_is_left(tmp_path):
+    """kill -9 during preparation leaves no corpus; two that prepare the same one at once leave the whole of it."""
+    (tmp_path / 'in.jsonl').write_text('\n'.join(json.dumps({'text': TEXT * 50}) for _ in range(200)), encoding='utf-8')
     command = [sys.executable, ROOT / 'data.py', str(tmp_path / 'in.jsonl'), '--out', str(tmp_path / 'out'), '--context', '64',
                '--continuation', '64']
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.time() + 60
-    while not (tmp_path / 'out.tmp').exists() and time.time() < until:
+    while not (left := list(tmp_path.glob('out.tmp*'))) and time.time() < until:
         time.sleep(0.01)
     process.send_signal(getattr(signal, 'SIGKILL', signal.SIGTERM))
     process.wait()
-    assert (tmp_path / 'out.tmp').exists() and not (tmp_path / 'out').exists()
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and 'starting again' in done.stdout
-    assert data.open_corpus(tmp_path / 'out', TOKENIZER)['documents'] == 2000 and not (tmp_path / 'out.tmp').exists()
+    assert left[0].exists() and not (tmp_path / 'out').exists()
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(2)]
+    for process in both:
+        said = process.communicate()[0]
+        assert process.returncode == 0 and f'{left[0]}: left by' in said
+    assert data.open_corpus(tmp_path / 'out', TOKENIZER)['documents'] == 200 and list(tmp_path.glob('out.tmp*')) == left
 
 
 def test_batches_are_pages_and_ids(tmp_path):

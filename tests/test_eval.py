@@ -29,6 +29,13 @@ def runs(tmp_path_factory):
     return root
 
 
+@pytest.mark.parametrize('flag, file', [('--csv', 'nowhere/a.csv'), ('--plot', 'nowhere/a.png'), ('--plot', 'a.doc')])
+def test_a_file_that_cannot_be_written_costs_no_row(runs, tmp_path, capsys, flag, file):
+    with pytest.raises(SystemExit, match='not written'):
+        evaluation.main([str(runs / 'pool'), flag, str(tmp_path / file), '--generate', '0', '--segments', '2'])
+    assert f'| {runs / "pool"} |' in capsys.readouterr().out
+
+
 def test_the_table(runs, tmp_path, capsys):
     names = ['whole', 'none', 'pool', 'conv', 'page']
     evaluation.main([str(runs / name) for name in names] + ['--csv', str(tmp_path / 'a.csv'), '--plot', str(tmp_path / 'a.png'),
