@@ -142,7 +142,7 @@ def test_pieces_join_to_the_text():
 
 def test_killed_or_twice_at_once_nothing_wrong_is_left(tmp_path):
     """kill -9 during preparation leaves no corpus; two that prepare the same one at once leave the whole of it."""
-    (tmp_path / 'in.jsonl').write_text('\n'.join(json.dumps({'text': TEXT * 50}) for _ in range(200)), encoding='utf-8')
+    (tmp_path / 'in.jsonl').write_text('\n'.join(json.dumps({'text': TEXT * 50}) for _ in range(1000)), encoding='utf-8')
     command = [sys.executable, ROOT / 'data.py', str(tmp_path / 'in.jsonl'), '--out', str(tmp_path / 'out'), '--context', '64',
                '--continuation', '64']
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -156,7 +156,7 @@ def test_killed_or_twice_at_once_nothing_wrong_is_left(tmp_path):
     for process in both:
         said = process.communicate()[0]
         assert process.returncode == 0 and f'{left[0]}: left by' in said
-    assert data.open_corpus(tmp_path / 'out', TOKENIZER)['documents'] == 200 and list(tmp_path.glob('out.tmp*')) == left
+    assert data.open_corpus(tmp_path / 'out', TOKENIZER)['documents'] == 1000 and list(tmp_path.glob('out.tmp*')) == left
 
 
 def test_batches_are_pages_and_ids(tmp_path):
