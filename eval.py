@@ -191,13 +191,13 @@ def plot(rows, path):
 
 def read_page(args, device):
     """Print what DeepSeek-OCR reads on an image, preprocessed as the original does. Raises SystemExit."""
-    model, tokenizer, _ = load(args.model, 'vision', 0, device=device, vision_mode=args.vision_mode,
-                               vision_prompt='\n' + args.prompt.strip())
-    size = (model.encoder.image_size,) * 2
     try:
         image = ImageOps.exif_transpose(Image.open(args.image)).convert('RGB')
     except (OSError, Image.DecompressionBombError) as e:
         raise SystemExit(f'{args.image}: no image that can be read ({e})')
+    model, tokenizer, _ = load(args.model, 'vision', 0, device=device, vision_mode=args.vision_mode,
+                               vision_prompt='\n' + args.prompt.strip())
+    size = (model.encoder.image_size,) * 2
     image = image.resize(size) if size[0] <= 640 else ImageOps.pad(image, size, color=(127, 127, 127))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]         # (1, 3, S, S) uint8
     ids = model.eval().generate({'context': torch.empty(1, 0, dtype=torch.long, device=device),

@@ -1,17 +1,14 @@
 """Documents to segments: every source, what is hard to read, the split, and what must not be half done."""
 import json
 import lzma
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
 import data
-from conftest import ROOT
 from data import Batches, prepare
 from load_deepseek import tokenizer_of
 
@@ -140,22 +137,26 @@ def test_pieces_join_to_the_text():
         assert ''.join(parts) == text and all(0 < len(part) <= 100_000 for part in parts)
 
 
-def test_killed_or_twice_at_once_nothing_wrong_is_left(tmp_path):
+def test_killed_or_twice_at_once_nothing_wrong_is_left(tmp_path, capfd):
     """kill -9 during preparation leaves no corpus; two that prepare the same one at once leave the whole of it."""
     (tmp_path / 'in.jsonl').write_text('\n'.join(json.dumps({'text': TEXT * 50}) for _ in range(1000)), encoding='utf-8')
-    command = [sys.executable, ROOT / 'data.py', str(tmp_path / 'in.jsonl'), '--out', str(tmp_path / 'out'), '--context', '64',
-               '--continuation', '64']
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [str(tmp_path / 'in.jsonl'), '--out', str(tmp_path / 'out'), '--context', '64', '--continuation', '64']
+    fork = multiprocessing.get_context('fork')                                # a new process would spend seconds on imports
+    process = fork.Process(target=data.main, args=(command,))
+    process.start()
     until = time.time() + 60
     while not (left := list(tmp_path.glob('out.tmp*'))) and time.time() < until:
         time.sleep(0.01)
-    process.send_signal(getattr(signal, 'SIGKILL', signal.SIGTERM))
-    process.wait()
+    process.kill()
+    process.join()
     assert left[0].exists() and not (tmp_path / 'out').exists()
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(2)]
+    both = [fork.Process(target=data.main, args=(command,)) for _ in range(2)]
     for process in both:
-        said = process.communicate()[0]
-        assert process.returncode == 0 and f'{left[0]}: left by' in said
+        process.start()
+    for process in both:
+        process.join(120)
+        assert process.exitcode == 0
+    assert capfd.readouterr().out.count(f'{left[0]}: left by') == 2
     assert data.open_corpus(tmp_path / 'out', TOKENIZER)['documents'] == 1000 and list(tmp_path.glob('out.tmp*')) == left
 
 

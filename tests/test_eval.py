@@ -150,8 +150,9 @@ def test_a_page_that_cannot_be_read(released, tmp_path, runs):
     (tmp_path / 'empty.png').write_bytes(b'')
     (tmp_path / 'text.png').write_text('no image')
     Image.new('1', (30_000, 30_000)).save(tmp_path / 'huge.png')
+    Image.new('1', (30, 30)).save(tmp_path / 'good.png')
     for flags in (['--image', 'empty.png'], ['--image', 'text.png'], ['--image', 'huge.png'], ['--image', 'missing.png'],
-                  ['--image', 'text.png', '--prompt', '<|nothing|>Read.'], ['--image', 'text.png', '--vision_mode', '100']):
+                  ['--image', 'good.png', '--prompt', '<|nothing|>Read.'], ['--image', 'good.png', '--vision_mode', '100']):
         with pytest.raises(SystemExit) as e:
             evaluation.main(['--model', str(released), *flags[:1], str(tmp_path / flags[1]), *flags[2:]])
         said = str(e.value.code)

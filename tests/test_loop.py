@@ -1,16 +1,13 @@
 """The loop's promises: what it counts, what it skips, what it shares among processes, what a kill cannot hurt."""
 import json
+import multiprocessing
 import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 import train
-from conftest import ROOT
 from data import prepare
 from decoder import Decoder, DecoderConfig, Autoencoder
 from encoders import ENCODERS, VisionConfig
@@ -18,6 +15,9 @@ from load_deepseek import load, load_run, tokenizer_of
 
 FLAGS = ['--regime', 'conv1d_residual', '--batch_size', '4', '--gradient_accumulation_steps', '2', '--log_steps', '1', '--eval_segments', '24',
          '--workers', '0']
+
+
+FORK = multiprocessing.get_context('fork')                     # a new process would spend seconds on imports
 
 
 @pytest.fixture(scope='module')
@@ -62,25 +62,31 @@ def test_steps_that_are_not_finite_are_skipped_and_many_stop_the_run(corpus, tmp
     assert all(torch.isfinite(p).all() for p in load_run(tmp_path / 'b')[0].parameters())
 
 
-@pytest.mark.parametrize('shards', [[], ['--fsdp']])
-def test_two_processes_train_as_one(corpus, tmp_path, shards):
+def test_two_processes_train_as_one(corpus, tmp_path):
+    """With replicas and with shards; one process may go on with what either saved."""
     flags = [*FLAGS, '--data', corpus, '--steps', '20', '--eval_steps', '10']
+
+    def rank(rank, port, *flags):
+        os.environ.update(WORLD_SIZE='2', RANK=str(rank), MASTER_ADDR='localhost', MASTER_PORT=port)      # as torchrun does
+        train.main([*flags])
+    for name, shards in (('replicas', []), ('shards', ['--fsdp'])):
+        with socket.socket() as s:
+            s.bind(('localhost', 0))
+            port = str(s.getsockname()[1])
+        both = [FORK.Process(target=rank, args=(r, port, *flags, *shards, '--output_dir', str(tmp_path / name))) for r in range(2)]
+        for process in both:
+            process.start()
+        for process in both:
+            process.join(120)
+            assert process.exitcode == 0
     train.main([*flags, '--output_dir', str(tmp_path / 'one')])
-    with socket.socket() as s:
-        s.bind(('localhost', 0))
-        port = str(s.getsockname()[1])
-    command = [sys.executable, str(ROOT / 'train.py'), *flags, *shards, '--output_dir', str(tmp_path / 'two')]
-    world = {**os.environ, 'OMP_NUM_THREADS': '1', 'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': port}   # as torchrun does
-    both = [subprocess.Popen(command, env={**world, 'RANK': str(rank)}, stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    for process in both:
-        assert process.wait(120) == 0, process.stderr.read()[-2000:]
-    for out in ('one', 'two'):                                                                   # one process may go on with both
-        train.main(['--resume', '--output_dir', str(tmp_path / out), '--steps', '22'])
-    one, two = read(tmp_path / 'one'), read(tmp_path / 'two')
-    assert len(one) == len(two) == 25
-    for a, b in zip(one, two):
-        for key in {'loss', 'val_loss', 'grad_norm'} & a.keys():
-            assert a[key] == pytest.approx(b[key], abs=1e-5)
+    for name in ('one', 'replicas', 'shards'):
+        train.main(['--resume', '--output_dir', str(tmp_path / name), '--steps', '22'])
+        log, expected = read(tmp_path / name), read(tmp_path / 'one')
+        assert len(log) == len(expected) == 25
+        for a, b in zip(log, expected):
+            for key in {'loss', 'val_loss', 'grad_norm'} & a.keys():
+                assert a[key] == pytest.approx(b[key], abs=1e-5)
 
 
 @pytest.mark.parametrize('regime', ['vision'])            # the largest; meanpool takes as long again
@@ -128,12 +134,13 @@ def test_killed_and_resumed_is_the_same_run(corpus, tmp_path):
     """kill -9 somewhere behind the first save; then --resume ends as the run that was left alone."""
     flags = [*FLAGS, '--data', corpus, '--steps', '12', '--save_steps', '3']
     train.main([*flags, '--output_dir', str(tmp_path / 'whole')])
-    process = subprocess.Popen([sys.executable, str(ROOT / 'train.py'), *flags, '--output_dir', str(tmp_path / 'killed')], stdout=subprocess.DEVNULL)
+    process = FORK.Process(target=train.main, args=([*flags, '--output_dir', str(tmp_path / 'killed')],))
+    process.start()
     until = time.time() + 60
     while not (tmp_path / 'killed' / 'model.safetensors.index.json').exists() and time.time() < until:
         time.sleep(0.01)
-    process.send_signal(getattr(signal, 'SIGKILL', signal.SIGTERM))
-    process.wait()
+    process.kill()
+    process.join()
     train.main(['--resume', '--output_dir', str(tmp_path / 'killed')])
     key = lambda out: [(line['step'], line.get('loss'), line.get('val_loss')) for line in read(out)]
     assert key(tmp_path / 'killed') == key(tmp_path / 'whole')
