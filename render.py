@@ -45,7 +45,8 @@ def rasterize(font, size, letter):
 
 def set_line(text, font, size):
     """Of each letter of a text on one line, in pixels: where it is set, where its ink begins and ends, each (n,)."""
-    codes, which = np.unique([ord(letter) for letter in text], return_inverse=True)
+    codes = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), np.uint32)
+    codes, which = np.unique(codes, return_inverse=True)
     letters = [chr(code) for code in codes]
     advance, left, right = np.array([measure(font, size, letter) for letter in letters]).T[:, which]
     pairs, kind = np.unique(which[:-1] * len(letters) + which[1:], return_inverse=True)
