@@ -8,17 +8,16 @@ Documents to segments on disk, once; segments to batches, as they are needed.
     DIR/meta.json              what they were made from and with, and what was left out
 
 A document gives as many segments as it has whole ones, without overlap, all to the same side of the split. Pages are
-drawn when a batch is made: 510,000 segments of 2,000 tokens are 4.1 GB, and their 828 GB of PNGs nothing.
+drawn when a batch is made: 510,000 segments of 2,000 tokens are 4.1 GB, and 828 GB of PNGs are never stored.
 """
 import argparse
 import hashlib
 import json
 import lzma
 import math
-import os
 import re
-import shutil
 import sysconfig
+import tempfile
 from collections import Counter
 from functools import lru_cache
 from multiprocessing.pool import ThreadPool
@@ -82,8 +81,8 @@ def records(path, counts, alone):
 
 
 def documents(source, field, counts):
-    """The texts of a source, in order. Of a record the text is `field`, or else "text", or else what is longest in the
-    first. Raises SystemExit for a damaged file."""
+    """The texts of a source, in order. The text of a record is its `field`: by default "text", or else the field that is
+    longest in the first record. Raises SystemExit for a damaged file."""
     if source == 'pydoc':
         from pydoc_data.topics import topics
         yield from (topics[name] for name in sorted(topics))
@@ -142,40 +141,39 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
     out, length, counts = Path(out), context + continuation, Counter(train=0, val=0)
     dtype = 'uint16' if tokenizer.n_vocab <= 2 ** 16 else 'uint32'
     if train_segments and not val_segments:
-        val_segments = -(-train_segments // 9)
+        val_segments = -(-train_segments // 9)                    # a tenth of all is a ninth of the others
     limit = {'train': train_segments or math.inf, 'val': val_segments or math.inf}
     wanted = sum(limit.values())
     share = limit['val'] / wanted if wanted < math.inf else 0.1
-    folder = out.with_name(f'{out.name}.tmp{os.getpid()}')        # several processes may prepare the same corpus
-    for other in out.parent.glob(f'{out.name}.tmp*'):
-        print(f'{other}: left by a preparation that was cut short, unless one is under way; starting afresh')
-    folder.mkdir(parents=True)
-    with open(folder / 'train.bin', 'wb') as train, open(folder / 'val.bin', 'wb') as val, \
-            tqdm(desc=str(source), total=wanted, unit=' segments') as bar:    # tells the time left unless that is inf
-        for text, ids in encode_all(tokenizer, documents(source, field, counts)):
-            # A document goes to validation whenever that has less than its share.
-            short = counts['val'] < limit['val'] and counts['val'] < share * (counts['train'] + counts['val'])
-            side = 'val' if short or counts['train'] >= limit['train'] else 'train'
-            n = int(min(len(ids) // length, limit[side] - counts[side]))
-            (val if side == 'val' else train).write(ids[:n * length].astype(dtype).tobytes())
-            counts.update({side: n, 'documents': 1, 'characters': len(text), 'documents too short': len(ids) < length,
-                           'tokens left over': len(ids) - n * length})
-            rate = counts['characters'] / 1e6 / (bar.format_dict['elapsed'] + 1e-9)
-            bar.set_postfix(documents=counts['documents'], MB_per_s=rate, refresh=False)
-            bar.update(n)
-            if counts['train'] + counts['val'] == wanted:
-                break
-    told = ', '.join(f'{value:,} {key}' for key, value in counts.items())
-    if not counts['train'] or not counts['val']:
-        shutil.rmtree(folder)
-        raise SystemExit(f'{source}: too short: both sides need a segment of {length} tokens; it gave {told}')
-    meta = {'source': str(source), 'tokenizer': fingerprint(tokenizer), 'context': context,
-            'continuation': continuation, 'dtype': dtype, **counts}
-    (folder / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
-    try:
-        folder.replace(out)
-    except OSError:                            # another process was faster, with the same result
-        shutil.rmtree(folder)
+    for left in out.parent.glob(f'{out.name}.tmp*'):
+        print(f'{left}: another preparation is under way, or was cut short and left this; starting afresh')
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'{out.name}.tmp', dir=out.parent) as temporary:
+        folder = Path(temporary, out.name)
+        folder.mkdir()
+        with open(folder / 'train.bin', 'wb') as train, open(folder / 'val.bin', 'wb') as val, \
+                tqdm(desc=str(source), total=wanted, unit=' segments') as bar:          # a total of inf tells no time left
+            for text, ids in encode_all(tokenizer, documents(source, field, counts)):
+                # A document goes to validation whenever that has less than its share.
+                short = counts['val'] < limit['val'] and counts['val'] < share * (counts['train'] + counts['val'])
+                side = 'val' if short or counts['train'] >= limit['train'] else 'train'
+                n = int(min(len(ids) // length, limit[side] - counts[side]))
+                (val if side == 'val' else train).write(ids[:n * length].astype(dtype).tobytes())
+                counts.update({side: n, 'documents': 1, 'characters': len(text), 'documents too short': len(ids) < length,
+                               'tokens left over': len(ids) - n * length})
+                rate = counts['characters'] / 1e6 / (bar.format_dict['elapsed'] + 1e-9)
+                bar.set_postfix(documents=counts['documents'], MB_per_s=rate, refresh=False)
+                bar.update(n)
+                if counts['train'] + counts['val'] == wanted:
+                    break
+        told = ', '.join(f'{value:,} {key}' for key, value in counts.items())
+        if not counts['train'] or not counts['val']:
+            raise SystemExit(f'{source}: too short: both sides need a segment of {length} tokens; it gave {told}')
+        meta = {'source': str(source), 'tokenizer': fingerprint(tokenizer), 'context': context,
+                'continuation': continuation, 'dtype': dtype, **counts}
+        (folder / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
+        if not out.exists():                   # unless another process was faster, with the same result
+            folder.replace(out)
     print(f'{out}: {told}')
 
 

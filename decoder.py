@@ -8,7 +8,8 @@ The decoder: memory and text to next-token probabilities. DeepSeek-OCR's languag
     x = x + mlp(norm(x))                shared(x) + sum over the 6 likeliest of 64 experts of p_e(x) * expert_e(x)
 
 Shapes: B batch, T positions, D width, H heads, d head width, V vocabulary, E experts, k experts a token, M memory
-vectors. Follows modeling_deepseekv2.py of deepseek-ai/DeepSeek-OCR as its config.json sets it: plain attention, no MLA.
+vectors, K hybrid tokens. Follows modeling_deepseekv2.py of deepseek-ai/DeepSeek-OCR as its config.json sets it: plain
+attention, no MLA.
 """
 from dataclasses import dataclass
 from functools import partial
@@ -192,12 +193,13 @@ class Decoder(nn.Module):
         A cache is a dict, at first empty, that gets each layer's keys and values (B, H, T, d). x holds the positions
         that follow those in it: any number when it is empty, then one at a time.
         """
-        start, balance_loss = cache[0][0].shape[2] if cache else 0, 0.0
+        start = cache[0][0].shape[2] if cache else 0
         assert start == 0 or x.shape[1] == 1, f'{x.shape[1]} positions at once, after {start} in the cache'
         d = self.layers[0].self_attn.head_dim
         frequency = self.config.rope_theta ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)
         angle = torch.arange(start, start + x.shape[1], device=x.device)[:, None] * frequency               # (T, d / 2)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)           # cast only now: positions need fp32
+        balance_loss = 0.0
         for layer in self.layers:
             run = partial(checkpoint, layer, use_reentrant=False) if self.grad_checkpoint and self.training else layer
             x, layer_loss = run(x, cos, sin, cache)
@@ -250,10 +252,10 @@ class Autoencoder(nn.Module):
         """All that stands before the target, as embeddings: [BOS] memory [prompt] [hybrid] -> (B, P, D)."""
         embed, context = self.decoder.embed_tokens, batch['context']
         column = lambda token: embed(context.new_full((len(context), 1), token))         # (B, 1, D), made on the device
-        hybrid = embed(context[:, context.shape[1] - self.hybrid:])
-        memory = self.encoder(batch, embed).to(hybrid.dtype)
-        prompt = [column(token) for token in self.prompt]
-        return torch.cat([column(self.decoder.config.bos_token_id), memory, *prompt, hybrid], dim=1)
+        bos, *prompt = (column(token) for token in [self.decoder.config.bos_token_id, *self.prompt])
+        memory = self.encoder(batch, embed).to(bos.dtype)                     # autocast may have made it bf16
+        assert memory.shape[::2] == bos.shape[::2], f'memory of shape {tuple(memory.shape)}, not {len(bos)} x M x D'
+        return torch.cat([bos, memory, *prompt, embed(context[:, context.shape[1] - self.hybrid:])], dim=1)
 
     def forward(self, batch):
         """batch['context'] (B, T) and what else the encoder reads -> losses and hits (B, T), balance loss."""
@@ -272,8 +274,9 @@ class Autoencoder(nn.Module):
         done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         while len(tokens) < max_new_tokens and not done.all():
             logits = self.decoder.logits(self.decoder(x, cache)[0][:, -1])    # (B, V)
-            sample = lambda: torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
-            tokens.append((sample() if temperature else logits.argmax(-1)).masked_fill(done, eos))
-            done = done | (tokens[-1] == eos)
+            token = torch.multinomial((logits / temperature).softmax(dim=-1), 1)[:, 0] if temperature \
+                else logits.argmax(dim=-1)
+            tokens.append(token.masked_fill(done, eos))
+            done = done | (token == eos)
             x = self.decoder.embed_tokens(tokens[-1][:, None])
         return torch.stack(tokens, dim=1)

@@ -8,11 +8,15 @@ The encoders: a context of T tokens to a memory of M vectors, each as wide as th
     conv1d_residual  a pyramid of residual convolutions, each halving the length
     vision           the context drawn as a page, read by DeepSeek-OCR's encoder:  page -> SAM -> CLIP -> projector
 
-A new encoder is a class with the same constructor, (config, context_length, *, settings), and its entry in ENCODERS.
-Its settings become flags of train.py, are stored in config.json and label its row in eval.py's table.
+A new encoder is a class with the same constructor, (config, context_length, *, settings), and its entry in ENCODERS,
+whose name is what the paper calls the regime. Settings are annotated int, float or str, and named as no other flag is.
+They become flags of train.py, are stored in config.json and label the row in eval.py's table; where an attribute of
+the same name holds a number or a word, that is what is stored: so a default of None can be told as what it came to.
+An encoder with an `image_size` gets pages, one with a `prompt` has the decoder read that after the memory.
 
 Shapes: B batch, T context tokens, M memory vectors, D decoder width, S page side in pixels, C channels, H W height and
-width in patches, n heads, d head width. References: arXiv 2512.03643 (the compressors), deepencoder.py of DeepSeek-OCR.
+width in patches, n heads, d head width. References: arXiv 2512.03643 (the compressors), deepencoder.py of DeepSeek-OCR,
+whose names of parameters (net_2, pre_layrnorm) the modules keep, since the released tensors bear them.
 """
 import inspect
 from dataclasses import dataclass
@@ -37,9 +41,9 @@ class Text(nn.Module):
         return embed(context[:, context.shape[1] - self.text_context_tokens:])
 
 
-def learned(dim):
-    """A learned vector of the memory, (D,). The separator after it tells the decoder where plain tokens begin."""
-    return nn.Parameter(torch.randn(dim) * dim ** -0.5)
+def learned(*shape):
+    """Learned vectors of the memory (..., D), of length 1 or so."""
+    return nn.Parameter(torch.randn(shape) * shape[-1] ** -0.5)
 
 
 def append(memory, vector):
@@ -48,11 +52,14 @@ def append(memory, vector):
 
 
 class MeanPool(nn.Module):
-    """memory_i = mean(embed(context[i s : i s + w])), what no window took at the end as one more, the separator."""
+    """memory_i = mean(embed(context[i s : i s + w])); the tokens left over at the end share one mean more; then a learned
+    separator, as DeepSeek-OCR's own encoder has it: it tells the decoder that vectors end here and plain tokens begin.
+    The stride s is the window w by default; a longer one skips tokens."""
 
     def __init__(self, config, context_length, *, compression_window_size: int = 4, compression_stride: int = None):
         super().__init__()
-        w, s = compression_window_size, compression_stride or compression_window_size
+        w = compression_window_size
+        s = w if compression_stride is None else compression_stride
         if not 1 <= w <= context_length or s < 1:
             raise ValueError(f'window {w} with stride {s} does not fit a context of {context_length} tokens')
         self.compression_window_size, self.stride = w, s
@@ -68,8 +75,8 @@ class MeanPool(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """y = gelu(norm(conv3/2(gelu(norm(conv_k(x))))) + pool(x)): (B, D, L) -> (B, D, ceil(L / 2)). GroupNorm with one
-    group takes its statistics over channels and positions, so every vector has seen the whole context."""
+    """y = gelu(norm(conv_2(gelu(norm(conv_1(x))))) + pool(x)): (B, D, L) -> (B, D, ceil(L / 2)); conv_2 has stride 2.
+    GroupNorm with one group: its mean and variance are those of all channels and positions."""
 
     def __init__(self, dim, kernel):
         super().__init__()
@@ -84,7 +91,8 @@ class ResidualBlock(nn.Module):
 
 
 class Conv1dResidual(nn.Module):
-    """memory = as many residual blocks over the embeddings as take T to `compression_target`, then the separator."""
+    """memory = as many residual blocks over the embeddings as take T to `compression_target`, then the separator. The
+    target is T halved some times, rounded up; by default twice."""
 
     def __init__(self, config, context_length, *, compression_target: int = None, conv_kernel: int = 5):
         super().__init__()
@@ -144,8 +152,8 @@ def relative_positions(table, size):
 class SAMAttention(nn.Module):
     """softmax(q k / sqrt(d) + q R_h + q R_w) v, with R_h and R_w the vectors of the vertical and horizontal offsets.
 
-    The bias is itself a dot product: q R_h depends on the key through its row only, so (q R_h of every row) dotted with
-    the key's row as a one-hot vector gives it. Appended to q and k, it needs no (HW x HW) matrix; any kernel will do.
+    For one query, q R_h takes H values, one for each row of keys. Append them to q, and to each key its row as a one-hot
+    vector: their dot product picks the right one. Columns likewise. So no (HW x HW) bias exists; any kernel will do.
     """
 
     def __init__(self, dim, n_head, size):
@@ -245,8 +253,9 @@ class CLIP(nn.Module):
     def __init__(self, v):
         super().__init__()
         C = v.clip_width
-        self.embeddings = nn.ModuleDict({'patch_embedding': nn.Conv2d(3, C, 14, stride=14, bias=False),    # never used,
-                                         'position_embedding': nn.Embedding(1 + CLIP_GRID ** 2, C)})      # but released
+        # The patch embedding is never used, but released.
+        self.embeddings = nn.ModuleDict({'patch_embedding': nn.Conv2d(3, C, 14, stride=14, bias=False),
+                                         'position_embedding': nn.Embedding(1 + CLIP_GRID ** 2, C)})
         self.embeddings.patch_embedding.requires_grad_(False)
         self.embeddings.class_embedding = nn.Parameter(torch.randn(C) * 0.02)
         nn.init.normal_(self.embeddings.position_embedding.weight, std=0.02)
@@ -268,7 +277,8 @@ VISION_MODES = {'tiny': 512, 'small': 640, 'base': 1024, 'large': 1280}      # p
 
 class Vision(nn.Module):
     """memory = rows of projector([CLIP(SAM(page)), SAM(page)]), a newline vector after each row, the separator last.
-    A page of S x S pixels becomes h x h vectors, h = S / 64, so M = h (h + 1) + 1: 640 pixels, 10 x 10, 111 vectors."""
+    A page of S x S pixels becomes h x h vectors, h = S / 64, so M = h (h + 1) + 1: 640 pixels, 10 x 10, 111 vectors.
+    The mode is a name or a number of pixels; by default the size that the model's SAM was made for."""
 
     def __init__(self, config, context_length, *, vision_mode: str = None, vision_prompt: str = ''):
         super().__init__()
@@ -287,10 +297,11 @@ class Vision(nn.Module):
     def forward(self, batch, embed):
         image = (batch['image'].float() / 255 - 0.5) / 0.5                     # pixels travel as bytes: 0..255 to -1..1
         sam = self.sam_model(image.type_as(self.image_newline))                 # (B, C, h, h)
-        features = torch.cat([self.vision_model(sam)[:, 1:], sam.flatten(2).transpose(1, 2)], dim=-1)    # (B, h h, 2 C)
-        x = self.projector.layers(features).unflatten(1, sam.shape[2:]).flatten(0, 1)                      # (B h, h, D)
-        rows = append(x, self.image_newline).unflatten(0, (len(sam), -1))       # (B, h, h + 1, D)
-        return append(rows.flatten(1, 2), self.view_seperator)
+        B, C, h, _ = sam.shape
+        clip = self.vision_model(sam)[:, 1:]                                    # (B, h h, C), without the class token
+        x = self.projector.layers(torch.cat([clip, sam.flatten(2).transpose(1, 2)], dim=-1))    # (B, h h, D)
+        rows = append(x.reshape(B * h, h, -1), self.image_newline)              # (B h, h + 1, D)
+        return append(rows.reshape(B, h * (h + 1), -1), self.view_seperator)
 
 
 ENCODERS = {'text': Text, 'meanpool': MeanPool, 'conv1d_residual': Conv1dResidual, 'vision': Vision}

@@ -25,6 +25,7 @@ import math
 import re
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -90,11 +91,11 @@ def fact_tokens(batch, tokenizer, kept, common):
     mask = torch.zeros(batch['continuation'].shape, dtype=torch.bool)
     for row, (context, continuation) in enumerate(zip(batch['context'].tolist(), batch['continuation'].tolist())):
         cut = max(len(context) - kept, 0)
-        early, seen = ({word for word, *_ in words(tokenizer, part)} for part in (context[:cut], context[cut:]))
+        early, known = ({word for word, *_ in words(tokenizer, part)} for part in (context[:cut], context[cut:]))
         for word, first, end in words(tokenizer, continuation):
-            if word in early - seen and (re.search(rb'[0-9]|^[A-Z]', word) or word not in common):
+            if word in early - known and (re.search(rb'[0-9]|^[A-Z]', word) or word not in common):
                 mask[row, first:end] = True
-            seen.add(word)
+            known.add(word)
     return mask
 
 
@@ -153,7 +154,8 @@ def edit_distance(a, b):
 
 
 def show(original, generated, objective='reconstruction', width=110):
-    """Print a text over what was generated for it, aligned, and under it a ^ where they differ; line ends are ⏎."""
+    """Print a text over what was generated for it, aligned, and under it a ^ where they differ. ⏎ is a line end, · fills
+    where the other one has a character."""
     original, generated = (text.replace('\n', '⏎') for text in (original, generated))
     top, bottom = '', ''
     for _, a, b, c, d in difflib.SequenceMatcher(None, original, generated, autojunk=False).get_opcodes():
@@ -266,9 +268,12 @@ def main(argv=None):
         return read_page(args, device)
     if not args.runs:
         parser.error('give a RUN or an --image')
+    for folder in args.runs:
+        if not Path(folder, 'config.json').exists():
+            raise SystemExit(f'{folder}: no such run')
     rows, passages = zip(*(row_of(folder, args, device) for folder in args.runs))
     for row in rows:
-        whole = [other['PPL'] for other in rows if other['regime'] == 'text' and other['KV saved'] == 0
+        whole = [other['PPL'] for other in rows if other['regime'] == 'text' and other['KV saved'] == 0    # all positions
                  and other['objective'] == row['objective']]
         row['delta'] = round(row['PPL'] - np.mean(whole), 3) if whole else None
     columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]

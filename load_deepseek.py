@@ -91,10 +91,10 @@ def load_tokenizer(path):
 
 def tokenizer_of(source):
     """The tokenizer of a checkpoint. Presets, and runs from one, have bytes: ids 3 to 258, behind bos, eos, pad."""
-    if source not in PRESETS and read_json(fetch(source) / 'config.json').get('run', {}).get('tokenizer') != 'bytes':
-        return load_tokenizer(fetch(source) / 'tokenizer.json')
-    return tiktoken.Encoding('bytes', pat_str=r'(?s:.)', mergeable_ranks={bytes([b]): 3 + b for b in range(256)},
-                             special_tokens={'<bos>': 0, '<eos>': 1, '<pad>': 2})
+    if source in PRESETS or read_json(fetch(source) / 'config.json').get('run', {}).get('tokenizer') == 'bytes':
+        return tiktoken.Encoding('bytes', pat_str=r'(?s:.)', mergeable_ranks={bytes([b]): 3 + b for b in range(256)},
+                                 special_tokens={'<bos>': 0, '<eos>': 1, '<pad>': 2})
+    return load_tokenizer(fetch(source) / 'tokenizer.json')
 
 
 def fetch(source):
@@ -177,10 +177,10 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
     shape = lambda name, default=None: files[name].get_slice(name).get_shape() if name in files else default
     sizes = sizes_from(config, shape)
     has_encoder = any(name.startswith(VISION if regime == 'vision' else f'{regime}.') for name in files)
-    with torch.device('meta' if files else device):
+    with torch.device('meta' if files else device):               # no memory and no random numbers for what is read
         decoder = Decoder(sizes).to(dtype)
     try:
-        with torch.device(device):
+        with torch.device(device):                                # but the checkpoint may not have this encoder
             encoder = ENCODERS[regime](sizes, context, **settings).to(dtype)
     except ValueError as e:
         raise SystemExit(f'--regime {regime}: {e}')
@@ -207,7 +207,9 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
     for name, tensor in released_tensors(model, regime).items():
         if name in wanted:
             tensor.copy_(files[name].get_tensor(name))
-    settings = {name: getattr(encoder, name, settings.get(name, p.default)) for name, p in known.items()}
+    for name, p in known.items():
+        value = getattr(encoder, name, None)                      # what a default of None has come to
+        settings[name] = value if isinstance(value, (int, float, str)) else settings.get(name, p.default)
     run = {**run, 'regime': regime, 'context': context, 'objective': objective, 'hybrid': hybrid, 'settings': settings,
            'tokenizer': tokenizer.name, 'pretrained_encoder': has_encoder and run.get('pretrained_encoder', True)}
     return model, tokenizer, {**config, 'run': run}

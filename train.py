@@ -38,7 +38,7 @@ from load_deepseek import (PRESETS, fetch, load, optional, read_json, released_t
 
 # Where the tiny model departs from the defaults, which follow the paper.
 TINY = dict(steps=700, gradient_accumulation_steps=1, learning_rate=3e-3, beta2=0.95, log_steps=20, eval_steps=200)
-PEAK = {'H200': 989, 'H100': 989, 'A100': 312, 'L40S': 362, '4090': 165, '3090': 71}    # dense bf16 TFLOP/s, vendors'
+CARD_TFLOPS = {'H200': 989, 'H100': 989, 'A100': 312, 'L40S': 362, '4090': 165, '3090': 71}        # dense bf16, vendors'
 
 
 def flags():
@@ -67,7 +67,7 @@ def flags():
     for regime, encoder in ENCODERS.items():
         group = parser.add_argument_group(f'settings of {regime}', encoder.__doc__)
         for name, p in settings_of(encoder).items():
-            flag(name, p.annotation, None, f'(default {p.default!r})')
+            flag(name, p.annotation, None, '' if p.default is None else f'(default {p.default!r})')
     group = parser.add_argument_group('how')
     flag('steps', positive, None, 'optimiser steps (default: one epoch)')
     flag('batch_size', positive, 8, 'segments in a micro-batch')
@@ -96,19 +96,22 @@ def flags():
 
 
 def parse_args(argv=None):
-    """What the command line leaves open comes from the run that --resume or --model names, or from TINY. Raises
-    SystemExit where --resume has no run."""
+    """Parse once to see which run --resume or --model names, take its flags for defaults (or those of TINY), and parse
+    again: the command line wins. Raises SystemExit where --resume has no run or would make another one of it."""
     parser = flags()
     args = parser.parse_args(argv)
-    folder = lambda args: args.output_dir or f'out/{args.regime}' + '_lm' * (args.objective == 'lm')
+    folder = lambda parsed: parsed.output_dir or f'out/{parsed.regime}' + '_lm' * (parsed.objective == 'lm')
     model = folder(args) if args.resume else args.model
     if args.resume and not Path(model, 'model.safetensors.index.json').exists():
         raise SystemExit(f'--resume: no saved run in {model}')
     run = {} if model in PRESETS else read_json(fetch(model) / 'config.json').get('run', {})
     parser.set_defaults(**(TINY if model == 'tiny' else run.get('args', {})))
-    if run and parser.parse_args(argv).regime == run['regime']:
+    if run and parser.parse_args(argv).regime == run['regime']:       # the settings are those of the run's own encoder
         parser.set_defaults(**run['settings'])
     args = parser.parse_args(argv)
+    for name in ['regime', 'objective', 'hybrid_text_tokens', *run['settings']] if args.resume else []:
+        if getattr(args, name) != (was := {**run['args'], **run['settings']}[name]):
+            raise SystemExit(f'--{name} {getattr(args, name)}: the run to --resume has {was}')
     args.model, args.output_dir = model, model if args.resume else folder(args)
     return args
 
@@ -186,6 +189,8 @@ def main(argv=None):
         raise SystemExit('--optimizer adafactor: does not work on the shards of --fsdp')
     if (out / 'config.json').exists() and not args.resume:
         raise SystemExit(f'{out}: holds a run; --resume goes on with it, --output_dir puts this one elsewhere')
+    if out.exists() and not out.is_dir():
+        raise SystemExit(f'--output_dir {out}: is not a folder')
     if G % world:
         raise SystemExit(f'--gradient_accumulation_steps {G}: not a multiple of {world} processes')
 
@@ -198,7 +203,9 @@ def main(argv=None):
     if not Path(data, 'meta.json').exists():                      # a source, to be prepared
         lengths = args.context or length, args.continuation or length
         data = 'corpora/' + '_'.join([re.sub(r'\W+', '_', data), tokenizer.name, *map(str, lengths)])
-        if rank == 0 and not Path(data).exists():
+        if rank == 0 and Path(data).exists():
+            print(f'{data}: made before; delete it if {args.data} is no longer the same')
+        elif rank == 0:
             prepare(args.data, data, tokenizer, *lengths)
     if world > 1:
         dist.barrier()                                            # until rank 0 has prepared it
@@ -212,7 +219,7 @@ def main(argv=None):
         model.encoder.requires_grad_(False)
     image_size = getattr(model.encoder, 'image_size', None)
     side = lambda name, limit=None: Batches(data, name, args.batch_size, tokenizer, image_size, args.seed, limit)
-    train, some, val = side('train'), side('val', args.eval_segments), side('val')
+    train, val_part, val = side('train'), side('val', args.eval_segments), side('val')
     workers = (2 if image_size or on_cuda else 0) if args.workers is None else args.workers
     args.steps = args.steps or -(-len(train) // G)
     with torch.no_grad(), autocast(device), FlopCounterMode(display=False) as counter:
@@ -226,12 +233,14 @@ def main(argv=None):
         register_fsdp_forward_method(model, 'generate')
     pretrained_vision = args.regime == 'vision' and config['run']['pretrained_encoder']
     encoder_lr = args.encoder_lr if args.encoder_lr is not None else 1e-5 if pretrained_vision else args.learning_rate
-    groups = [{'params': [p for p in part.parameters() if p.requires_grad], 'peak': rate}
+    groups = [{'params': [p for p in part.parameters() if p.requires_grad], 'peak_lr': rate}
               for part, rate in ((model.encoder, encoder_lr), (model.decoder, args.learning_rate))]
     groups = [group for group in groups if group['params']]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True) \
         if args.optimizer == 'adamw' else torch.optim.Adafactor(groups, weight_decay=args.weight_decay)
     start, best = restore(out, model, optimizer) if args.resume else (0, math.inf)
+    if start >= args.steps:
+        return print(f'{out}: has its {start} steps; --steps sets more')
     out.mkdir(parents=True, exist_ok=True)
     log = open_log(args, start) if rank == 0 else lambda *_, **__: None
     if rank == 0:
@@ -241,20 +250,25 @@ def main(argv=None):
 
     # ---- training: batch n is a function of seed and n alone, so a step number is all that there is to resume from
     stop = []
-    # Asked to stop: finish the step (several processes: go on to the next report), save, leave. Asked again: leave.
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda name, _: stop.append(signal.signal(name, signal.SIG_DFL)))
+
+    def ask_to_stop(signum, _):
+        """Finish the step (several processes: go on to the next report), save, leave. Asked again: leave at once."""
+        stop.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, ask_to_stop)
     mine = range(start * G + rank, args.steps * G, world)         # each process has its share of the micro-batches
     batches = iter(DataLoader(train, batch_size=None, sampler=mine, num_workers=workers, pin_memory=on_cuda))
     forward = torch.compile(model, dynamic=False) if (on_cuda if args.compile is None else args.compile) else model
     forward = DistributedDataParallel(forward) if world > 1 and not fsdp else forward
     by_itself = args.optimizer == 'adamw' and not fsdp
     clock, clock_step, skipped = time.time(), start, torch.zeros((), device=device)
-    peak = next((peak for name, peak in PEAK.items() if on_cuda and name in torch.cuda.get_device_name(device)), None)
+    card = torch.cuda.get_device_name(device) if on_cuda else ''
+    card_tflops = next((tflops for name, tflops in CARD_TFLOPS.items() if name in card), None)
     for step in range(start + 1, args.steps + 1):
         model.train()
         for group in optimizer.param_groups:
-            group['lr'] = group['peak'] * learning_rate_scale(step - 1, args.steps, args.warmup_ratio)
+            group['lr'] = group['peak_lr'] * learning_rate_scale(step - 1, args.steps, args.warmup_ratio)
         loss = 0.0
         for micro in range(G // world):
             forward.require_backward_grad_sync = micro == G // world - 1                    # of DistributedDataParallel
@@ -284,14 +298,14 @@ def main(argv=None):
                 dist.all_reduce(wish := torch.tensor(float(len(stop)), device=device))      # all must leave together
                 halt = bool(wish)
             tflops = step_flops / seconds / 1e12                  # of the model: what is computed twice counts once
-            card = {'gib': torch.cuda.max_memory_allocated(device) / 2 ** 30} if on_cuda else {}
-            card.update({'mfu': tflops / peak / world} if peak else {})
+            usage = {'gib': torch.cuda.max_memory_allocated(device) / 2 ** 30} if on_cuda else {}
+            usage.update({'mfu': tflops / card_tflops / world} if card_tflops else {})
             log(step, loss=loss.item(), ppl=math.exp(min(loss.item(), 700)), lr=group['lr'], grad_norm=norm.item(),
-                tokens_per_s=args.batch_size * G * losses.shape[1] / seconds, tflops=tflops, **card,
+                tokens_per_s=args.batch_size * G * losses.shape[1] / seconds, tflops=tflops, **usage,
                 minutes_left=seconds * (args.steps - step) / 60)
         last, paused = step == args.steps, time.time()
         if step % args.eval_steps == 0 or last:
-            result = evaluate(model, val if last else some, device, workers, rank, world)
+            result = evaluate(model, val if last else val_part, device, workers, rank, world)
             best = min(best, result['loss'])
             log(step, **{f'val_{k}': v for k, v in result.items()}, best_val_loss=best)
         if step % args.save_steps == 0 or last or halt:
@@ -306,8 +320,8 @@ def main(argv=None):
         dist.destroy_process_group()
     if rank == 0:
         show(*texts[0], args.objective)
-        print(f'saved in {out}: python eval.py {out}. For the real model, with DIR from data.py:\n    python train.py '
-              f'--regime {args.regime} --objective {args.objective} --data DIR --model deepseek-ai/DeepSeek-OCR')
+        print(f'saved in {out}: python eval.py {out}. The same with the real model, and DIR from data.py:\n'
+              f'    python train.py --regime {args.regime} --data DIR --model deepseek-ai/DeepSeek-OCR')
 
 
 if __name__ == '__main__':

@@ -67,7 +67,10 @@ def test_a_run_is_not_overwritten(here, capsys):
     train.main('--data texts --steps 1 --batch_size 2'.split())
     before = {p.name: p.read_bytes() for p in (here / 'out' / 'meanpool').iterdir()}
     refused(capsys, train.main, '--data texts --steps 1', 'holds a run')
-    refused(capsys, train.main, '--resume --compression_window_size 500', 'window 500')
+    refused(capsys, train.main, '--resume --compression_window_size 500', 'the run to --resume has 4')
+    refused(capsys, train.main, '--resume --objective lm --output_dir out/meanpool', '--objective lm')
+    (here / 'file').write_text('')
+    refused(capsys, train.main, '--data texts --output_dir file', 'is not a folder')
     assert before == {p.name: p.read_bytes() for p in (here / 'out' / 'meanpool').iterdir()}
     (here / 'out' / 'meanpool' / 'trainer-00000001.pt').write_bytes(b'damaged')
     refused(capsys, train.main, '--resume --steps 2', 'trainer-00000001.pt')
@@ -75,6 +78,7 @@ def test_a_run_is_not_overwritten(here, capsys):
 
 def test_corpora(here, capsys):
     refused(capsys, data.main, 'nowhere --out x', 'nowhere')
+    assert not list(here.glob('x*'))
     data.main('texts --out made --context 100 --continuation 20'.split())
     refused(capsys, data.main, 'texts --out made', 'exists already')
     refused(capsys, train.main, '--data made --context 50', 'made for context 100, not 50')
@@ -88,7 +92,7 @@ def test_corpora(here, capsys):
 
 
 def test_eval_and_render(here, capsys):
-    refused(capsys, evaluation.main, 'nowhere', 'nowhere')
+    refused(capsys, evaluation.main, 'nowhere', 'nowhere: no such run')
     model, _, config = load('tiny', 'meanpool', 128)
     save(released_tensors(model, 'meanpool'), config, here / 'run')
     (here / 'run' / 'config.json').write_text(json.dumps({'language_config': {}}), encoding='utf-8')

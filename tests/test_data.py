@@ -156,7 +156,7 @@ def test_killed_or_twice_at_once_nothing_wrong_is_left(tmp_path, capfd):
     for process in both:
         process.join(120)
         assert process.exitcode == 0
-    assert capfd.readouterr().out.count(f'{left[0]}: left by') == 2
+    assert capfd.readouterr().out.count(f'{left[0]}: another preparation') == 2
     assert data.open_corpus(tmp_path / 'out', TOKENIZER)['documents'] == 1000 and list(tmp_path.glob('out.tmp*')) == left
 
 

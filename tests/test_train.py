@@ -11,7 +11,7 @@ import encoders
 import eval as evaluation
 import train
 from data import Batches, prepare
-from load_deepseek import load_run, read_json, tokenizer_of
+from load_deepseek import load, load_run, read_json, tokenizer_of
 
 
 @pytest.fixture(scope='session')
@@ -183,6 +183,27 @@ def test_a_new_encoder_is_a_class_and_a_line(corpus, tmp_path, capsys, monkeypat
     model, _, config = load_run(tmp_path / 'run')
     assert config['run']['settings'] == {'keep_every': 8} and not torch.equal(model.encoder.scale, torch.ones(128))
     assert 'stride.scale' in read_json(tmp_path / 'run' / 'model.safetensors.index.json')['weight_map']
+
+
+class Queries(nn.Module):
+    """Attention pooling, with a parameter that has its setting's name."""
+
+    def __init__(self, config, context_length, *, queries: int = 4):
+        super().__init__()
+        self.queries = encoders.learned(queries, config.hidden_size)
+
+    def forward(self, batch, embed):
+        x = embed(batch['context'])
+        return (self.queries @ x.transpose(1, 2)).softmax(dim=-1) @ x
+
+
+def test_a_setting_may_share_its_name_with_a_parameter(monkeypatch):
+    monkeypatch.setitem(encoders.ENCODERS, 'queries', Queries)
+    model, _, config = load('tiny', 'queries', 32, queries=7)
+    assert config['run']['settings'] == {'queries': 7} and model.prefix({'context': torch.zeros(2, 32, dtype=torch.long)}).shape == (2, 8, 128)
+    monkeypatch.setattr(Queries, 'forward', lambda self, batch, embed: embed(batch['context']).mT)
+    with pytest.raises(AssertionError, match=r'memory of shape \(2, 128, 32\), not 2 x M x D'):
+        model.prefix({'context': torch.zeros(2, 32, dtype=torch.long)})
 
 
 def test_batch_n_is_a_function_of_seed_and_n(corpus):
