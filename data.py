@@ -81,7 +81,7 @@ def records(path, counts, alone):
 
 
 def documents(source, field, counts):
-    """The texts of a source, in order. The text of a record is its `field`: by default "text", or else the field that is
+    """The texts of a source, in order. The text of a record is its `field`: by default "text", or the one that is the
     longest in the first record. Raises SystemExit for a damaged file."""
     if source == 'pydoc':
         from pydoc_data.topics import topics
@@ -152,15 +152,15 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
         folder = Path(temporary, out.name)
         folder.mkdir()
         with open(folder / 'train.bin', 'wb') as train, open(folder / 'val.bin', 'wb') as val, \
-                tqdm(desc=str(source), total=wanted, unit=' segments') as bar:          # a total of inf tells no time left
+                tqdm(desc=str(source), total=wanted, unit=' segments') as bar:      # a total of inf: no time left
             for text, ids in encode_all(tokenizer, documents(source, field, counts)):
                 # A document goes to validation whenever that has less than its share.
                 short = counts['val'] < limit['val'] and counts['val'] < share * (counts['train'] + counts['val'])
                 side = 'val' if short or counts['train'] >= limit['train'] else 'train'
                 n = int(min(len(ids) // length, limit[side] - counts[side]))
                 (val if side == 'val' else train).write(ids[:n * length].astype(dtype).tobytes())
-                counts.update({side: n, 'documents': 1, 'characters': len(text), 'documents too short': len(ids) < length,
-                               'tokens left over': len(ids) - n * length})
+                counts.update({side: n, 'documents': 1, 'characters': len(text), 'documents too short':
+                               len(ids) < length, 'tokens left over': len(ids) - n * length})
                 rate = counts['characters'] / 1e6 / (bar.format_dict['elapsed'] + 1e-9)
                 bar.set_postfix(documents=counts['documents'], MB_per_s=rate, refresh=False)
                 bar.update(n)

@@ -52,8 +52,8 @@ def append(memory, vector):
 
 
 class MeanPool(nn.Module):
-    """memory_i = mean(embed(context[i s : i s + w])); the tokens left over at the end share one mean more; then a learned
-    separator, as DeepSeek-OCR's own encoder has it: it tells the decoder that vectors end here and plain tokens begin.
+    """memory_i = mean(embed(context[i s : i s + w])); the tokens left over at the end share one more; then a separator,
+    learned, as DeepSeek-OCR's own encoder has it: it tells the decoder that vectors end here and plain tokens begin.
     The stride s is the window w by default; a longer one skips tokens."""
 
     def __init__(self, config, context_length, *, compression_window_size: int = 4, compression_stride: int = None):
@@ -152,8 +152,8 @@ def relative_positions(table, size):
 class SAMAttention(nn.Module):
     """softmax(q k / sqrt(d) + q R_h + q R_w) v, with R_h and R_w the vectors of the vertical and horizontal offsets.
 
-    For one query, q R_h takes H values, one for each row of keys. Append them to q, and to each key its row as a one-hot
-    vector: their dot product picks the right one. Columns likewise. So no (HW x HW) bias exists; any kernel will do.
+    For one query, q R_h takes H values, one for each row of keys. Append them to q, and to each key its row as a
+    one-hot vector: their dot product picks the right one. Columns likewise. So no (HW x HW) bias exists.
     """
 
     def __init__(self, dim, n_head, size):

@@ -154,8 +154,8 @@ def edit_distance(a, b):
 
 
 def show(original, generated, objective='reconstruction', width=110):
-    """Print a text over what was generated for it, aligned, and under it a ^ where they differ. ⏎ is a line end, · fills
-    where the other one has a character."""
+    """Print a text over what was generated for it, aligned, and under it a ^ where they differ. ⏎ is a line end; · fills
+    up where the other text has a character."""
     original, generated = (text.replace('\n', '⏎') for text in (original, generated))
     top, bottom = '', ''
     for _, a, b, c, d in difflib.SequenceMatcher(None, original, generated, autojunk=False).get_opcodes():
@@ -273,7 +273,7 @@ def main(argv=None):
             raise SystemExit(f'{folder}: no such run')
     rows, passages = zip(*(row_of(folder, args, device) for folder in args.runs))
     for row in rows:
-        whole = [other['PPL'] for other in rows if other['regime'] == 'text' and other['KV saved'] == 0    # all positions
+        whole = [other['PPL'] for other in rows if other['regime'] == 'text' and other['KV saved'] == 0
                  and other['objective'] == row['objective']]
         row['delta'] = round(row['PPL'] - np.mean(whole), 3) if whole else None
     columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]

@@ -107,17 +107,22 @@ def fetch(source):
         raise SystemExit(f'{source}: no such folder, and not to be had from the model hub ({type(e).__name__})')
 
 
-def sizes_from(config, shape=lambda name, default: default):
-    """config.json to a DecoderConfig with its VisionConfig. shape(tensor name, default) -> list, for what config.json
-    is silent or stale about: SAM's neck, CLIP's MLP."""
+def shape_of(name, stored, default):
+    """A tensor's shape as a list, without reading it; `default` if it is not among open_tensors()."""
+    return stored[name].get_slice(name).get_shape() if name in stored else default
+
+
+def sizes_from(config, stored=()):
+    """config.json to a DecoderConfig with its VisionConfig. What config.json is silent or stale about (SAM's neck,
+    CLIP's MLP) follows from the shapes of open_tensors()."""
     language = config.get('language_config', config)
     sizes = DecoderConfig(**{f.name: language[f.name] for f in fields(DecoderConfig) if f.name in language})
     if language.get('model_type') == 'llama':  # the same decoder without experts
         sizes.n_routed_experts = 0
     if 'vision_config' in config:
         sam, clip = (config['vision_config']['width'][name] for name in ('sam_vit_b', 'clip-l-14-224'))
-        neck = shape('model.sam_model.neck.0.weight', [clip['width'] // 4])[0]
-        mlp = shape('model.vision_model.transformer.layers.0.mlp.fc1.weight', [4 * clip['width']])[0]
+        neck, _, _, _ = shape_of('model.sam_model.neck.0.weight', stored, [clip['width'] // 4, 0, 0, 0])
+        mlp, _ = shape_of('model.vision_model.transformer.layers.0.mlp.fc1.weight', stored, [4 * clip['width'], 0])
         sizes.vision = VisionConfig(
             config['vision_config']['image_size'], sam['width'], sam['layers'], sam['heads'],
             tuple(sam['global_attn_indexes']), neck, clip['width'], clip['layers'], clip['heads'], mlp)
@@ -126,7 +131,7 @@ def sizes_from(config, shape=lambda name, default: default):
 
 def open_tensors(folder):
     """The tensors of a folder, those of its index if there is one: {name: the open safetensors file that holds it}."""
-    index, files, tensors = folder / 'model.safetensors.index.json', folder.glob('*.safetensors'), {}
+    index, files, stored = folder / 'model.safetensors.index.json', folder.glob('*.safetensors'), {}
     if index.exists():
         files = {folder / name for name in read_json(index)['weight_map'].values()}
     for path in sorted(files):
@@ -134,10 +139,10 @@ def open_tensors(folder):
             file = safetensors.safe_open(path, 'pt')
         except (OSError, safetensors.SafetensorError) as e:
             raise SystemExit(f'{path}: missing, truncated or no safetensors file ({e})')
-        tensors.update(dict.fromkeys(file.keys(), file))
-    if not tensors:
+        stored.update(dict.fromkeys(file.keys(), file))
+    if not stored:
         raise SystemExit(f'{folder}: no *.safetensors, so no weights')
-    return tensors
+    return stored
 
 
 def released_tensors(model, regime):
@@ -156,16 +161,34 @@ def released_tensors(model, regime):
     return tensors
 
 
+def fill(model, regime, stored, device, source):
+    """Read the tensors of a model, whose decoder is on the meta device, straight into place from open_tensors().
+
+    Strict: a missing, unexpected or misshapen tensor is a SystemExit that names it. Those of another registered encoder
+    are left out.
+    """
+    wanted = {name: list(tensor.shape) for name, tensor in released_tensors(model, regime).items()}
+    other = tuple(f'{name}.' for name in ENCODERS if name != regime) + (VISION if regime != 'vision' else ())
+    skipped = {name for name in stored if name not in wanted and name.startswith(other)}
+    if skipped:
+        print(f'{source}: left out {len(skipped)} tensors of another encoder ({min(skipped)} ...)')
+    for name in sorted(wanted.keys() | stored.keys() - skipped):
+        if (has := shape_of(name, stored, 'missing')) != (wants := wanted.get(name, 'none')):
+            raise SystemExit(f'{source}: tensor {name} is {has}, regime {regime} wants {wants}')
+    model.decoder.to_empty(device=device)
+    for name, tensor in released_tensors(model, regime).items():
+        tensor.copy_(stored[name].get_tensor(name))
+
+
 def load(source, regime, context, objective='reconstruction', hybrid=0, device='cpu', dtype=torch.float32, **settings):
     """Build an Autoencoder from a preset's name, a folder or a hub id -> (model, tokenizer, config).
 
     context: tokens a segment. settings: keywords of the encoder's class; None means its default. config: config.json
-    with these choices under "run". Weights that the checkpoint has are read straight into place; an encoder that it
-    does not have starts from random ones. Strict: a missing, unexpected or misshapen tensor is a SystemExit that names
-    it; those of another registered encoder are left out.
+    with these choices under "run". Weights that the checkpoint has are read by fill(); an encoder that it does not have
+    starts from random ones. Raises SystemExit for what does not exist or fit.
     """
     folder = None if source in PRESETS else fetch(source)
-    config, files = (read_json(folder / 'config.json'), open_tensors(folder)) if folder else (PRESETS[source], {})
+    config, stored = (read_json(folder / 'config.json'), open_tensors(folder)) if folder else (PRESETS[source], {})
     if regime not in ENCODERS:
         raise SystemExit(f'--regime {regime}: not one of {", ".join(ENCODERS)}')
     run, known = config.get('run', {}), settings_of(ENCODERS[regime])
@@ -174,10 +197,8 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
         raise SystemExit(f'--{name}: no setting of regime {regime}, which has {", ".join(known) or "none"}')
     if not 0 <= hybrid <= context:
         raise SystemExit(f'--hybrid_text_tokens {hybrid}: not between 0 and the context length {context}')
-    shape = lambda name, default=None: files[name].get_slice(name).get_shape() if name in files else default
-    sizes = sizes_from(config, shape)
-    has_encoder = any(name.startswith(VISION if regime == 'vision' else f'{regime}.') for name in files)
-    with torch.device('meta' if files else device):               # no memory and no random numbers for what is read
+    sizes = sizes_from(config, stored)
+    with torch.device('meta' if stored else device):              # no memory and no random numbers for what is read
         decoder = Decoder(sizes).to(dtype)
     try:
         with torch.device(device):                                # but the checkpoint may not have this encoder
@@ -188,25 +209,13 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
     prompt = getattr(encoder, 'prompt', '')
     for special in set(re.findall(r'<\|.*?\|>', prompt)) - tokenizer.special_tokens_set:
         raise SystemExit(f'--vision_prompt: the tokenizer has no {special}')
-    prompt = tokenizer.encode(prompt, allowed_special='all')
-    model = Autoencoder(encoder, decoder, objective, prompt, hybrid)
+    model = Autoencoder(encoder, decoder, objective, tokenizer.encode(prompt, allowed_special='all'), hybrid)
 
-    part = model if has_encoder else nn.ModuleDict({'decoder': decoder})      # what is to come from the files
-    wanted = {name: list(t.shape) for name, t in released_tensors(part, regime).items()} if files else {}
-    other = tuple(f'{name}.' for name in ENCODERS if name != regime) + (VISION if regime != 'vision' else ())
-    skipped = {name for name in files if name not in wanted and name.startswith(other)}
-    if skipped:
-        print(f'{source}: left out {len(skipped)} tensors of another encoder ({min(skipped)} ...)')
-    if files and not has_encoder and next(encoder.parameters(), None) is not None:
+    has_encoder = any(name.startswith(VISION if regime == 'vision' else f'{regime}.') for name in stored)
+    if stored:
+        fill(model if has_encoder else nn.ModuleDict({'decoder': decoder}), regime, stored, device, source)
+    if stored and not has_encoder and next(encoder.parameters(), None) is not None:
         print(f'{source}: no {regime} encoder there, so it starts anew')
-    for name in sorted(wanted.keys() | files.keys() - skipped):
-        if (has := shape(name, 'missing')) != (wants := wanted.get(name, 'no such')):
-            raise SystemExit(f'{source}: tensor {name} is {has}, regime {regime} wants {wants}')
-    if files:
-        decoder.to_empty(device=device)
-    for name, tensor in released_tensors(model, regime).items():
-        if name in wanted:
-            tensor.copy_(files[name].get_tensor(name))
     for name, p in known.items():
         value = getattr(encoder, name, None)                      # what a default of None has come to
         settings[name] = value if isinstance(value, (int, float, str)) else settings.get(name, p.default)

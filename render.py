@@ -4,8 +4,8 @@ Text to page image: the paper's page, in the largest type at which the whole tex
     python render.py FILE --size 640 --out page.png        what the vision encoder sees of a text file
 
 Words are wrapped greedily, and one wider than the page runs off it. White space only separates words: paragraphs do not
-survive. Follows data/scripts/prepare_training_data.py of the paper's code, pixel for pixel. Asking Pillow to measure and
-draw every line, at every type size that is tried, would do; letters in arrays do the same in a twentieth of the time.
+survive. Follows data/scripts/prepare_training_data.py of the paper's code, pixel for pixel. That asks Pillow to measure
+and draw every line at every type size that is tried; letters in arrays do the same in a twentieth of the time.
 """
 import argparse
 from functools import lru_cache

@@ -38,7 +38,7 @@ from load_deepseek import (PRESETS, fetch, load, optional, read_json, released_t
 
 # Where the tiny model departs from the defaults, which follow the paper.
 TINY = dict(steps=700, gradient_accumulation_steps=1, learning_rate=3e-3, beta2=0.95, log_steps=20, eval_steps=200)
-CARD_TFLOPS = {'H200': 989, 'H100': 989, 'A100': 312, 'L40S': 362, '4090': 165, '3090': 71}        # dense bf16, vendors'
+CARD_TFLOPS = {'H200': 989, 'H100': 989, 'A100': 312, 'L40S': 362, '4090': 165, '3090': 71}     # dense bf16, vendors'
 
 
 def flags():
@@ -73,7 +73,7 @@ def flags():
     flag('batch_size', positive, 8, 'segments in a micro-batch')
     flag('gradient_accumulation_steps', positive, 6, 'micro-batches in a step, of all processes')
     flag('learning_rate', number(float, 0), 1e-4, 'peak of the schedule')
-    flag('encoder_lr', number(float, 0), None, "the encoder's (default: 1e-5 if it is pretrained vision, else the same)")
+    flag('encoder_lr', number(float, 0), None, "the encoder's (default: 1e-5 if pretrained vision, else the same)")
     flag('weight_decay', number(float, 0), 0.01, 'on all parameters')
     flag('beta2', number(float, 0, 0.999999), 0.999, "AdamW's second")
     flag('warmup_ratio', number(float, 0, 1), 0.1, 'share of the steps that warm up')
@@ -85,7 +85,7 @@ def flags():
     flag('fsdp', bool, False, 'shard weights, gradients and optimiser among the processes', action='store_true')
     flag('compile', bool, None, 'torch.compile (default: on CUDA)', action=argparse.BooleanOptionalAction)
     flag('device', str, 'auto', 'cpu, cuda, mps; auto is cuda where there is one')
-    flag('workers', number(int, 0), None, 'processes that prepare batches (default: 2 on CUDA or to draw pages, else 0)')
+    flag('workers', number(int, 0), None, 'processes that prepare batches (default: 2 on CUDA or for pages, else 0)')
     flag('seed', number(int, 0), 0, 'of new weights and of the order of the data')
     flag('log_steps', positive, 10, 'steps between lines of the log')
     flag('eval_steps', positive, 500, 'steps between validations')
