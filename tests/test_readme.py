@@ -58,6 +58,6 @@ def test_the_diff_that_adds_a_compressor(tmp_path):
     (tmp_path / 'a.diff').write_text(re.search(r'```diff\n(.*?)```', README, re.DOTALL)[1], encoding='utf-8')
     subprocess.run(['git', 'apply', 'a.diff'], cwd=tmp_path, check=True)
     command = [sys.executable, 'train.py', '--regime', 'stride', '--keep_every', '8', '--steps', '2', '--context', '32', '--continuation', '32',
-               '--eval_segments', '8', '--batch_size', '4']
+               '--data', 'encoders.py']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "stride {'keep_every': 8}" in done.stdout, done.stderr

@@ -21,31 +21,39 @@ def test_page(name, size):
     assert (font_size, lines, bool(lost)) == (expected['font_size'], expected['rendered_lines'], expected['is_truncated'])
 
 
-@pytest.mark.parametrize('size', [4, 9, 17, 27, 30])
-def test_lines_are_those_that_pillow_would_draw(size):
-    """Wrapping by measuring whole lines, and drawing them whole, gives the same: also where letters kern and marks combine."""
-    rng = np.random.default_rng(size)
-    stock = ('AVAVAV To Tokyo WAVE. P. "quoted" e\u0301a\u0308 \u0301x fi ffl j\u0327 naïve 中文 العربية ÅÇ LT. Yo, W. Ta T\u00e4 r. 1111 @ _ '
-             + GOLDEN['texts']['accents'][:400]).split()
-    words = [stock[i] for i in rng.integers(len(stock), size=600)]
-    font = render.load_font(FONT, size)
-    expected, line = [], ''
-    for word in words:
+STOCK = ('AVAVAV To Tokyo WAVE. P. "quoted" e\u0301a\u0308 \u0301x fi ffl j\u0327 naïve 中文 العربية ÅÇ LT. Yo, W. Ta T\u00e4 r. 1111 @ _ '
+         + GOLDEN['texts']['accents'][:400]).split()
+
+
+def pillow_lines(text, font, width):
+    """The lines of a text, every one measured whole."""
+    lines, line = [], ''
+    for word in text.split():
         box = font.getbbox(f'{line} {word}' if line else word)
-        if line and box[2] - box[0] > 500:
-            expected.append(line)
+        if line and box[2] - box[0] > width:
+            lines.append(line)
             line = word
         else:
             line = f'{line} {word}' if line else word
-    text = ' '.join(words)
-    lines = lambda width: [text[start:stop] for start, stop in zip(*render.wrap(text, FONT, size, width)[:2])]
-    assert lines(500) == expected + [line]
+    return lines + [line]
+
+
+@pytest.mark.parametrize('stock', [STOCK, ['ToToToToToTo'], ['Yo,Ta', 'To']])              # kerning adds up to pixels in the last two
+@pytest.mark.parametrize('size', [4, 9, 17, 27, 30])
+def test_lines_are_those_that_pillow_would_draw(size, stock):
+    """Wrapping by measuring whole lines, and drawing them whole, gives the same: also where letters kern and marks combine."""
+    rng = np.random.default_rng(size)
+    text = ' '.join(stock[i] for i in rng.integers(len(stock), size=600))
+    font = render.load_font(FONT, size)
     page, _, drawn, _ = render.render_page(text, 1024, font_size=size)
-    whole = Image.new('RGB', (1024, 1024), 'white')
-    edge, step = int(0.05 * 1024), int(1.2 * size)
-    for i, line in enumerate(lines(1024 - 2 * edge)[:drawn]):
-        ImageDraw.Draw(whole).text((edge, edge + i * step), line, fill='black', font=font)
+    whole, edge = Image.new('RGB', (1024, 1024), 'white'), int(0.05 * 1024)
+    for i, line in enumerate(pillow_lines(text, font, 1024 - 2 * edge)[:drawn]):
+        ImageDraw.Draw(whole).text((edge, edge + i * int(1.2 * size)), line, fill='black', font=font)
     assert (np.asarray(page) == np.asarray(whole)).all()
+    text = ' '.join(text.split()[:60])
+    for width in range(400, 424):                                                              # some are met to the pixel
+        starts, stops, _ = render.wrap(text, FONT, size, width)
+        assert [text[start:stop] for start, stop in zip(starts, stops)] == pillow_lines(text, font, width)
 
 
 def test_the_knobs():
