@@ -3,6 +3,7 @@ import json
 import lzma
 import multiprocessing
 import os
+import pickle
 import time
 
 import numpy as np
@@ -169,6 +170,8 @@ def test_batches_are_pages_and_ids(tmp_path):
     page = data.render_page(TOKENIZER.decode(batch['context'][1].tolist()), 128)[0]
     assert (batch['image'][1].permute(1, 2, 0).numpy() == np.asarray(page)).all()
     assert [len(batches[i]['context']) for i in range(len(batches))] == [4, 4, 2]
+    again = pickle.loads(pickle.dumps(batches))[0]                            # as workers get it where processes are spawned
+    assert all(torch.equal(batch[key], again[key]) for key in batch)
     few = Batches(tmp_path / 'out', 'val', 4, TOKENIZER, limit=5)
     assert [few.segment(i) for i in range(few.n)] == [0, 2, 4, 6, 8]
     assert os.path.getsize(tmp_path / 'out' / 'train.bin') == 50 * 150 * 2
