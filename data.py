@@ -233,12 +233,12 @@ class Batches(torch.utils.data.Dataset):
 
 
 def number(kind, least, most=math.inf):
-    """The type of a flag: a number of that kind, from `least` to `most`."""
+    """The type of a flag for argparse: a number of that kind, from `least` to `most`; another is a usage error."""
     def parse(text):
         if not least <= kind(text) <= most:
             raise argparse.ArgumentTypeError(f'{text} is not from {least} to {most}')
         return kind(text)
-    parse.__name__ = kind.__name__
+    parse.__name__ = kind.__name__                                # as argparse calls it in its messages and help
     return parse
 
 

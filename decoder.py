@@ -249,7 +249,8 @@ class Autoencoder(nn.Module):
         self.objective, self.prompt, self.hybrid = objective, list(prompt), hybrid
 
     def prefix(self, batch):
-        """All that stands before the target, as embeddings: [BOS] memory [prompt] [hybrid] -> (B, P, D)."""
+        """All that stands before the target, as embeddings: [BOS] memory [prompt] [hybrid] -> (B, P, D). Raises
+        AssertionError for a memory of another shape than (B, M, D)."""
         embed, context = self.decoder.embed_tokens, batch['context']
         column = lambda token: embed(context.new_full((len(context), 1), token))         # (B, 1, D), made on the device
         bos, *prompt = (column(token) for token in [self.decoder.config.bos_token_id, *self.prompt])

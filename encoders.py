@@ -62,6 +62,7 @@ class MeanPool(nn.Module):
         s = w if compression_stride is None else compression_stride
         if not 1 <= w <= context_length or s < 1:
             raise ValueError(f'window {w} with stride {s} does not fit a context of {context_length} tokens')
+        # Not compression_stride: stored as None, it follows the window of a run that goes on with another one.
         self.compression_window_size, self.stride = w, s
         self.separator = learned(config.hidden_size)
 

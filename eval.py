@@ -154,8 +154,8 @@ def edit_distance(a, b):
 
 
 def show(original, generated, objective='reconstruction', width=110):
-    """Print a text over what was generated for it, aligned, and under it a ^ where they differ. ⏎ is a line end; · fills
-    up where the other text has a character."""
+    """Print a text over what was generated for it, aligned, and under it a ^ where they differ. ⏎ is a line end; ·
+    stands where only the other text has a character."""
     original, generated = (text.replace('\n', '⏎') for text in (original, generated))
     top, bottom = '', ''
     for _, a, b, c, d in difflib.SequenceMatcher(None, original, generated, autojunk=False).get_opcodes():

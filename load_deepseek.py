@@ -162,10 +162,10 @@ def released_tensors(model, regime):
 
 
 def fill(model, regime, stored, device, source):
-    """Read the tensors of a model, whose decoder is on the meta device, straight into place from open_tensors().
+    """Read the tensors of a model, whose decoder is on the meta device, straight into place: the decoder's to `device`.
 
-    Strict: a missing, unexpected or misshapen tensor is a SystemExit that names it. Those of another registered encoder
-    are left out.
+    stored: of open_tensors(). source: what messages call it. Strict: a missing, unexpected or misshapen tensor is a
+    SystemExit that names it. Those of another registered encoder are left out.
     """
     wanted = {name: list(tensor.shape) for name, tensor in released_tensors(model, regime).items()}
     other = tuple(f'{name}.' for name in ENCODERS if name != regime) + (VISION if regime != 'vision' else ())
@@ -176,7 +176,7 @@ def fill(model, regime, stored, device, source):
         if (has := shape_of(name, stored, 'missing')) != (wants := wanted.get(name, 'none')):
             raise SystemExit(f'{source}: tensor {name} is {has}, regime {regime} wants {wants}')
     model.decoder.to_empty(device=device)
-    for name, tensor in released_tensors(model, regime).items():
+    for name, tensor in released_tensors(model, regime).items():              # views anew: the others were of no memory
         tensor.copy_(stored[name].get_tensor(name))
 
 

@@ -85,7 +85,10 @@ def wrap(text, font, size, width):
 def render_page(text, size, font='DejaVuSans.ttf', font_size=None, line_spacing=1.2, margin=0.05, ink='black',
                 paper='white'):
     """Draw text on a page of size x size pixels -> RGB image, type size, lines drawn, the text that did not fit or ''.
-    The type size is font_size, else the largest of 4 to 30 at which all fits, or 4. Raises SystemExit for a font."""
+
+    font_size: in pixels; None is the largest of 4 to 30 at which all fits, or 4. line_spacing: in type sizes. margin: a
+    share of the page's side. font: a name or file; SystemExit if there is none. ink, paper: colours as Pillow has them.
+    """
     text, edge, page = ' '.join(text.split()), int(margin * size), Image.new('RGB', (size, size), paper)
     room, low, high = size - 2 * edge, font_size or 4, font_size or 30
     if not text:

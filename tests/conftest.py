@@ -1,5 +1,6 @@
 """What the tests share: the golden files (outputs of the authors' code at a tiny size) and a model with the golden weights."""
 import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -25,6 +26,13 @@ def golden(name):
     """(tensors, description) of one golden file; its bf16 weights are exact, so fp32 holds them."""
     tensors = {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in load_file(GOLDENS / f'{name}_tiny.safetensors').items()}
     return tensors, json.loads((GOLDENS / f'{name}_tiny.json').read_text(encoding='utf-8'))
+
+
+def fork(target, *args):
+    """A started process that runs target(*args); a new interpreter would spend seconds on importing torch. POSIX only."""
+    process = multiprocessing.get_context('fork').Process(target=target, args=args)
+    process.start()
+    return process
 
 
 @pytest.fixture(scope='session')

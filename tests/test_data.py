@@ -1,7 +1,6 @@
 """Documents to segments: every source, what is hard to read, the split, and what must not be half done."""
 import json
 import lzma
-import multiprocessing
 import os
 import pickle
 import time
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import data
+from conftest import fork
 from data import Batches, prepare
 from load_deepseek import tokenizer_of
 
@@ -142,18 +142,14 @@ def test_killed_or_twice_at_once_nothing_wrong_is_left(tmp_path, capfd):
     """kill -9 during preparation leaves no corpus; two that prepare the same one at once leave the whole of it."""
     (tmp_path / 'in.jsonl').write_text('\n'.join(json.dumps({'text': TEXT * 50}) for _ in range(1000)), encoding='utf-8')
     command = [str(tmp_path / 'in.jsonl'), '--out', str(tmp_path / 'out'), '--context', '64', '--continuation', '64']
-    fork = multiprocessing.get_context('fork')                                # a new process would spend seconds on imports
-    process = fork.Process(target=data.main, args=(command,))
-    process.start()
+    process = fork(data.main, command)
     until = time.time() + 60
     while not (left := list(tmp_path.glob('out.tmp*'))) and time.time() < until:
         time.sleep(0.01)
     process.kill()
     process.join()
     assert left[0].exists() and not (tmp_path / 'out').exists()
-    both = [fork.Process(target=data.main, args=(command,)) for _ in range(2)]
-    for process in both:
-        process.start()
+    both = [fork(data.main, command) for _ in range(2)]
     for process in both:
         process.join(120)
         assert process.exitcode == 0

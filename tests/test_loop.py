@@ -1,6 +1,5 @@
 """The loop's promises: what it counts, what it skips, what it shares among processes, what a kill cannot hurt."""
 import json
-import multiprocessing
 import os
 import socket
 import time
@@ -8,6 +7,7 @@ import time
 import pytest
 import torch
 import train
+from conftest import fork
 from data import prepare
 from decoder import Decoder, DecoderConfig, Autoencoder
 from encoders import ENCODERS, VisionConfig
@@ -15,9 +15,6 @@ from load_deepseek import load, load_run, tokenizer_of
 
 FLAGS = ['--regime', 'conv1d_residual', '--batch_size', '4', '--gradient_accumulation_steps', '2', '--log_steps', '1', '--eval_segments', '24',
          '--workers', '0']
-
-
-FORK = multiprocessing.get_context('fork')                     # a new process would spend seconds on imports
 
 
 @pytest.fixture(scope='module')
@@ -73,9 +70,7 @@ def test_two_processes_train_as_one(corpus, tmp_path):
         with socket.socket() as s:
             s.bind(('localhost', 0))
             port = str(s.getsockname()[1])
-        both = [FORK.Process(target=rank, args=(r, port, *flags, *shards, '--output_dir', str(tmp_path / name))) for r in range(2)]
-        for process in both:
-            process.start()
+        both = [fork(rank, r, port, *flags, *shards, '--output_dir', str(tmp_path / name)) for r in range(2)]
         for process in both:
             process.join(120)
             assert process.exitcode == 0
@@ -134,8 +129,7 @@ def test_killed_and_resumed_is_the_same_run(corpus, tmp_path):
     """kill -9 somewhere behind the first save; then --resume ends as the run that was left alone."""
     flags = [*FLAGS, '--data', corpus, '--steps', '12', '--save_steps', '3']
     train.main([*flags, '--output_dir', str(tmp_path / 'whole')])
-    process = FORK.Process(target=train.main, args=([*flags, '--output_dir', str(tmp_path / 'killed')],))
-    process.start()
+    process = fork(train.main, [*flags, '--output_dir', str(tmp_path / 'killed')])
     until = time.time() + 60
     while not (tmp_path / 'killed' / 'model.safetensors.index.json').exists() and time.time() < until:
         time.sleep(0.01)
