@@ -103,7 +103,7 @@ def test_evaluation_is_the_mean_over_tokens_at_any_batch_size(corpus, tmp_path):
         assert result['ppl'] == pytest.approx(math.exp(result['loss'])) and result['accuracy'] == pytest.approx(hits.float().mean().item())
 
 
-def test_resume_is_exact(corpus, tmp_path):
+def test_resume_is_exact(corpus, tmp_path, capsys):
     """Stopped in between and resumed, a run's losses are bit for bit those of a run that was not."""
     flags = ('--regime', 'conv1d_residual', '--gradient_accumulation_steps', '2', '--save_steps', '3')
     whole = run(corpus, tmp_path / 'whole', *flags, steps=9)
@@ -123,6 +123,7 @@ def test_resume_is_exact(corpus, tmp_path):
     assert log[-1]['val_loss'] == whole[-1]['val_loss'] and log[-1]['best_val_loss'] == min(line['val_loss'] for line in log if 'val_loss' in line)
     train.main(['--resume', '--output_dir', str(tmp_path / 'parts')])                              # of a run that is at its end
     assert len((tmp_path / 'parts' / 'log.jsonl').read_text(encoding='utf-8').splitlines()) == len(log)
+    assert capsys.readouterr().out.endswith('has its 9 steps; --steps sets more\n')
     for (name, a), (_, b) in zip(load_run(tmp_path / 'whole')[0].named_parameters(), load_run(tmp_path / 'parts')[0].named_parameters()):
         assert torch.equal(a, b), name
 
