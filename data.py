@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from load_deepseek import optional, read_json, tokenizer_of
+from load_deepseek import optional, read_json, tokenizer_of, writing
 from render import render_page
 
 KINDS = re.compile(r'\.parquet$|\.(jsonl|txt|md|py)(\.xz)?$')
@@ -92,7 +92,7 @@ def documents(source, field, counts):
             for record in records(path, counts, alone=path == Path(source)):
                 texts = {k: v for k, v in record.items() if isinstance(v, str)} if isinstance(record, dict) else {}
                 field = field or ('text' if 'text' in texts else max(texts, key=lambda k: len(texts[k]), default=None))
-                counts['records without text'] += field not in texts
+                counts[f'records without {field or "text"}'] += field not in texts
                 yield texts.get(field, '')
         except (OSError, EOFError, ValueError, lzma.LZMAError) as e:
             raise SystemExit(f'{path}: cannot be read ({e})')
@@ -147,8 +147,9 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
     share = limit['val'] / wanted if wanted < math.inf else 0.1
     for left in out.parent.glob(f'{out.name}.tmp*'):
         print(f'{left}: another preparation is under way, or was cut short and left this; starting afresh')
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'{out.name}.tmp', dir=out.parent) as temporary:
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with writing(out), tempfile.TemporaryDirectory(prefix=f'{out.name}.tmp', dir=out.parent) as temporary:
         folder = Path(temporary, out.name)
         folder.mkdir()
         with open(folder / 'train.bin', 'wb') as train, open(folder / 'val.bin', 'wb') as val, \

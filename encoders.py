@@ -9,9 +9,9 @@ The encoders: a context of T tokens to a memory of M vectors, each as wide as th
     vision           the context drawn as a page, read by DeepSeek-OCR's encoder:  page -> SAM -> CLIP -> projector
 
 A new encoder is a class with the same constructor, (config, context_length, *, settings), and its entry in ENCODERS,
-whose name is what the paper calls the regime. Settings are annotated int, float or str, and named as no other flag is.
-They become flags of train.py, are stored in config.json and label the row in eval.py's table; where an attribute of
-the same name holds a number or a word, that is what is stored: so a default of None can be told as what it came to.
+whose name is what the paper calls the regime. Settings are annotated bool, int, float or str, and named as no other
+flag is. They become flags of train.py, are stored in config.json and label the row in eval.py's table; where an
+attribute of the same name holds a number or a word, that is stored: so a default of None is told as what it came to.
 An encoder with an `image_size` gets pages, one with a `prompt` has the decoder read that after the memory.
 
 Shapes: B batch, T context tokens, M memory vectors, D decoder width, S page side in pixels, C channels, H W height and

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from data import Batches, number, open_corpus, positive
 from decoder import OBJECTIVES
-from load_deepseek import load, load_run, optional
+from load_deepseek import VISION, fetch, load, load_run, open_tensors, optional, writing
 
 # The authors' model card, 1000 context tokens: (objective, regime, positions) to PPL, lm started from reconstruction.
 PUBLISHED = {
@@ -197,6 +197,8 @@ def read_page(args, device):
         image = ImageOps.exif_transpose(Image.open(args.image)).convert('RGB')
     except (OSError, Image.DecompressionBombError) as e:
         raise SystemExit(f'{args.image}: no image that can be read ({e})')
+    if not any(name.startswith(VISION) for name in open_tensors(fetch(args.model))):
+        raise SystemExit(f'{args.model}: has no vision encoder, so it cannot read')
     model, tokenizer, _ = load(args.model, 'vision', 0, device=device, vision_mode=args.vision_mode,
                                vision_prompt='\n' + args.prompt.strip())
     size = (model.encoder.image_size,) * 2
@@ -280,15 +282,13 @@ def main(argv=None):
     print('| ' + ' | '.join(columns) + ' |\n|' + '---|' * len(columns))
     for row in rows:
         print('| ' + ' | '.join('' if row[name] is None else str(row[name]) for name in columns) + ' |')
-    try:
-        if args.csv:
-            with open(args.csv, 'w', newline='', encoding='utf-8') as f:
-                csv.DictWriter(f, rows[0]).writeheader()
-                csv.DictWriter(f, rows[0]).writerows(rows)
-        if args.plot:
+    if args.csv:
+        with writing(args.csv), open(args.csv, 'w', newline='', encoding='utf-8') as f:
+            csv.DictWriter(f, rows[0]).writeheader()
+            csv.DictWriter(f, rows[0]).writerows(rows)
+    if args.plot:
+        with writing(args.plot):
             plot(rows, args.plot)
-    except (OSError, ValueError) as e:
-        raise SystemExit(f'not written: {e}')
     for row, texts in zip(rows, passages):
         for pair in texts:
             show(*pair, f'{row["objective"]} by {row["run"]}')

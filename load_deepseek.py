@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -233,17 +234,26 @@ def load_run(folder, device='cpu', dtype=torch.float32):
     return load(folder, device=device, dtype=dtype, **choices, **run['settings'])
 
 
+@contextmanager
+def writing(path):
+    """Around what writes a file or folder: a full disk, a forbidden place, an unknown format become a SystemExit."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as e:         # as each library puts it
+        raise SystemExit(f'{path}: cannot be written ({e})')
+
+
 def write_aside(path, write):
     """Have write(path) fill a temporary file, flush it to disk, rename it: readers see the old file or the new."""
     temporary = path.with_name(path.name + '.tmp')
     try:
-        write(temporary)
-        with open(temporary, 'rb+') as f:
-            os.fsync(f.fileno())
-    except (OSError, RuntimeError, safetensors.SafetensorError) as e:         # a full disk, as each library puts it
+        with writing(path):
+            write(temporary)
+            with open(temporary, 'rb+') as f:
+                os.fsync(f.fileno())
+            temporary.replace(path)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise SystemExit(f'{path}: cannot be written ({e})')
-    temporary.replace(path)
 
 
 def save(tensors, config, folder, step=0, source=None):
@@ -256,9 +266,10 @@ def save(tensors, config, folder, step=0, source=None):
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     index = {'metadata': {'total_size': sum(t.nbytes for t in tensors.values()), 'step': step},
              'weight_map': dict.fromkeys(tensors, name)}
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in [*Path(source).glob('*token*.json'), *Path(source).glob('*.py')] if source else []:
-        shutil.copyfile(file, folder / file.name)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in [*Path(source).glob('*token*.json'), *Path(source).glob('*.py')] if source else []:
+            shutil.copyfile(file, folder / file.name)
     write_aside(folder / name, lambda path: safetensors.torch.save_file(tensors, path, {'format': 'pt'}))
     for file, content in (('config.json', config), ('model.safetensors.index.json', index)):
         write_aside(folder / file, lambda path: path.write_text(json.dumps(content, indent=1), encoding='utf-8'))

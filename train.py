@@ -34,7 +34,7 @@ from decoder import OBJECTIVES
 from encoders import ENCODERS, settings_of
 from eval import autocast, evaluate, passage, pick_device, show, to_device
 from load_deepseek import (PRESETS, fetch, load, optional, read_json, released_tensors, save, tokenizer_of,
-                           write_aside)
+                           write_aside, writing)
 
 # Where the tiny model departs from the defaults, which follow the paper.
 TINY = dict(steps=700, gradient_accumulation_steps=1, learning_rate=3e-3, beta2=0.95, log_steps=20, eval_steps=200)
@@ -67,7 +67,8 @@ def flags():
     for regime, encoder in ENCODERS.items():
         group = parser.add_argument_group(f'settings of {regime}', encoder.__doc__)
         for name, p in settings_of(encoder).items():
-            flag(name, p.annotation, None, '' if p.default is None else f'(default {p.default!r})')
+            switch = {'action': argparse.BooleanOptionalAction} if p.annotation is bool else {}
+            flag(name, p.annotation, None, '' if p.default is None else f'(default {p.default!r})', **switch)
     group = parser.add_argument_group('how')
     flag('steps', positive, None, 'optimiser steps (default: one epoch)')
     flag('batch_size', positive, 8, 'segments in a micro-batch')
@@ -168,7 +169,7 @@ def open_log(args, start):
 
     def log(step, **values):
         print(f'step {step:5d}/{args.steps}  ' + '  '.join(f'{k} {v:,.4g}' for k, v in values.items()), flush=True)
-        with open(path, 'a', encoding='utf-8') as f:
+        with writing(path), open(path, 'a', encoding='utf-8') as f:
             f.write(json.dumps({'step': step, **values}) + '\n')
         if wandb:
             wandb.log(values, step=step)
@@ -215,6 +216,8 @@ def main(argv=None):
     kept.update(data=data, context=meta['context'], continuation=meta['continuation'])
     config['run'].update(data=data, args=kept)
     model.decoder.grad_checkpoint = args.grad_checkpoint
+    if args.compile and device.type == 'cpu' and args.weights == 'fp32' and model.decoder.config.n_routed_experts:
+        raise SystemExit('--compile: on the CPU, experts can be compiled with --weights bf16 only')
     if not args.train_encoder:
         model.encoder.requires_grad_(False)
     image_size = getattr(model.encoder, 'image_size', None)
@@ -241,7 +244,8 @@ def main(argv=None):
     start, best = restore(out, model, optimizer) if args.resume else (0, math.inf)
     if start >= args.steps:
         return print(f'{out}: has its {start} steps; --steps sets more')
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     log = open_log(args, start) if rank == 0 else lambda *_, **__: None
     if rank == 0:
         print(f'{out}: {args.regime} {config["run"]["settings"]}, {args.objective}; encoder {count(model.encoder):,} '

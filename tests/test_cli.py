@@ -4,8 +4,10 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 import data
 import eval as evaluation
+import load_deepseek
 import render
 import train
 from conftest import ROOT
@@ -46,6 +48,8 @@ def refused(capsys, main, command, message):
     ('--workers -1', '--workers: -1 is not from 0'),
     ('--beta2 2', '--beta2: 2 is not from 0'),
     ('--device tpu', '--device tpu'),
+    ('--compile', '--compile: on the CPU'),
+    ('--output_dir texts/a.txt/run --steps 1 --batch_size 2', 'run: cannot be written'),
     ('--data nowhere.txt', 'nowhere.txt'),
     ('--data empty.txt', 'empty.txt'),
     ('--data short.txt', 'too short'),
@@ -78,6 +82,9 @@ def test_a_run_is_not_overwritten(here, capsys):
 
 def test_corpora(here, capsys):
     refused(capsys, data.main, 'nowhere --out x', 'nowhere')
+    refused(capsys, data.main, 'texts --out texts/a.txt/x', 'x: cannot be written')
+    (here / 'records.jsonl').write_text('{"title": "a"}\n' * 20, encoding='utf-8')
+    refused(capsys, data.main, 'records.jsonl --out x --field tilte', '20 records without tilte')
     assert not list(here.glob('x*'))
     data.main('texts --out made --context 100 --continuation 20'.split())
     refused(capsys, data.main, 'texts --out made', 'exists already')
@@ -95,11 +102,14 @@ def test_eval_and_render(here, capsys):
     refused(capsys, evaluation.main, 'nowhere', 'nowhere: no such run')
     model, _, config = load('tiny', 'meanpool', 128)
     save(released_tensors(model, 'meanpool'), config, here / 'run')
+    (here / 'binary').write_bytes(b'\xff\xfe\x00')
+    refused(capsys, load_deepseek.main, 'run --export binary/x', 'x: cannot be written')
+    Image.new('1', (30, 30)).save(here / 'page.png')
+    refused(capsys, evaluation.main, 'run --model run --image page.png', 'run: has no vision encoder')
     (here / 'run' / 'config.json').write_text(json.dumps({'language_config': {}}), encoding='utf-8')
     refused(capsys, evaluation.main, 'run', 'not a run')
     refused(capsys, evaluation.main, 'run --kept -1', '--kept')
     refused(capsys, render.main, 'nowhere.txt', 'nowhere.txt')
-    (here / 'binary').write_bytes(b'\xff\xfe\x00')
     refused(capsys, render.main, 'binary', 'binary')
 
 

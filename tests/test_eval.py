@@ -31,7 +31,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize('flag, file', [('--csv', 'nowhere/a.csv'), ('--plot', 'nowhere/a.png'), ('--plot', 'a.doc')])
 def test_a_file_that_cannot_be_written_costs_no_row(runs, tmp_path, capsys, flag, file):
-    with pytest.raises(SystemExit, match='not written'):
+    with pytest.raises(SystemExit, match='cannot be written'):
         evaluation.main([str(runs / 'pool'), flag, str(tmp_path / file), '--generate', '0', '--segments', '2'])
     assert f'| {runs / "pool"} |' in capsys.readouterr().out
 

@@ -167,10 +167,10 @@ def test_learning_rates_and_freezing(corpus, tmp_path, capsys):
 class Stride(nn.Module):
     """A compressor as a fork would add it: every n-th embedding, times a learned scale."""
 
-    def __init__(self, config, context_length, *, keep_every: int = 2):
+    def __init__(self, config, context_length, *, keep_every: int = 2, scaled: bool = True):
         super().__init__()
         self.keep_every = keep_every
-        self.scale = nn.Parameter(torch.ones(config.hidden_size))
+        self.scale = nn.Parameter(torch.ones(config.hidden_size), requires_grad=scaled)
 
     def forward(self, batch, embed):
         return embed(batch['context'][:, ::self.keep_every]) * self.scale
@@ -180,10 +180,12 @@ def test_a_new_encoder_is_a_class_and_a_line(corpus, tmp_path, capsys, monkeypat
     monkeypatch.setitem(encoders.ENCODERS, 'stride', Stride)
     run(corpus, tmp_path / 'run', '--regime', 'stride', '--keep_every', '8', steps=2)
     evaluation.main([str(tmp_path / 'run'), '--segments', '4'])
-    assert 'keep_every 8 | 5 | 6.4 |' in capsys.readouterr().out                                  # BOS and 4 of 32 tokens
+    assert 'keep_every 8, scaled True | 5 | 6.4 |' in capsys.readouterr().out                                  # BOS and 4 of 32 tokens
     model, _, config = load_run(tmp_path / 'run')
-    assert config['run']['settings'] == {'keep_every': 8} and not torch.equal(model.encoder.scale, torch.ones(128))
+    assert config['run']['settings'] == {'keep_every': 8, 'scaled': True} and not torch.equal(model.encoder.scale, torch.ones(128))
     assert 'stride.scale' in read_json(tmp_path / 'run' / 'model.safetensors.index.json')['weight_map']
+    args = train.parse_args(['--model', str(tmp_path / 'run'), '--no-scaled'])
+    assert (args.keep_every, args.scaled) == (8, False)
 
 
 class Queries(nn.Module):
