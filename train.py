@@ -91,7 +91,7 @@ def flags():
     flag('log_steps', positive, 10, 'steps between lines of the log')
     flag('eval_steps', positive, 500, 'steps between validations')
     flag('eval_segments', positive, 500, 'validation segments in each but the last, which has all')
-    flag('save_steps', positive, 500, 'steps between saves')
+    flag('save_steps', number(int, 0), 500, 'steps between saves; 0: none at all, to measure speed')
     flag('wandb', str, None, 'project of Weights & Biases to log to as well')
     return parser
 
@@ -312,18 +312,18 @@ def main(argv=None):
             result = evaluate(model, val if last else val_part, device, workers, rank, world)
             best = min(best, result['loss'])
             log(step, **{f'val_{k}': v for k, v in result.items()}, best_val_loss=best)
-        if step % args.save_steps == 0 or last or halt:
+        if args.save_steps and (step % args.save_steps == 0 or last or halt):
             source = None if args.model in PRESETS or args.resume else fetch(args.model)
             save_run(out, step, model, optimizer, config, best, source, write=rank == 0)
         clock += time.time() - paused                             # what is reported as speed is the training's
         if halt and not last:
-            print(f'stopped and saved at step {step}; --resume goes on')
-            return
+            return print(f'stopped at step {step}; --resume goes on from the last save')
     texts = passage(model, {name: x[:1] for name, x in val[0].items()}, tokenizer, device, length=256)
     if world > 1:
         dist.destroy_process_group()
     if rank == 0:
         show(*texts[0], args.objective)
+    if rank == 0 and args.save_steps:
         print(f'saved in {out}: python eval.py {out}. The same with the real model, and DIR from data.py:\n'
               f'    python train.py --regime {args.regime} --data DIR --model deepseek-ai/DeepSeek-OCR')
 

@@ -67,6 +67,12 @@ def test_train(here, capsys, command, message):
     refused(capsys, train.main, command if '--data' in command else command + ' --data texts', message)
 
 
+def test_speed_without_a_checkpoint(here, capsys):
+    for _ in range(2):                                                        # nothing that a second run would overwrite
+        train.main('--data texts --steps 1 --batch_size 2 --save_steps 0'.split())
+    assert [p.name for p in (here / 'out' / 'meanpool').iterdir()] == ['log.jsonl'] and 'saved in' not in capsys.readouterr().out
+
+
 def test_a_run_is_not_overwritten(here, capsys):
     train.main('--data texts --steps 1 --batch_size 2'.split())
     before = {p.name: p.read_bytes() for p in (here / 'out' / 'meanpool').iterdir()}
