@@ -172,6 +172,7 @@ def plot(rows, path):
     plt = optional('matplotlib.pyplot')
     panels = [objective for objective in OBJECTIVES if any(row['objective'] == objective for row in rows)]
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), squeeze=False, layout='constrained')
+    legend = {}
     for ax, objective in zip(axes[0], panels):
         for color, regime in enumerate(dict.fromkeys(row['regime'] for row in rows)):
             points = [row for row in rows if (row['objective'], row['regime']) == (objective, regime)]
@@ -181,13 +182,14 @@ def plot(rows, path):
             if len(ratios) > 2:                                               # two points are no curve
                 ax.plot(ratios, means, style, color=f'C{color}')
             xy = [row['ratio'] for row in points], [row['PPL'] for row in points]
-            ax.plot(*xy, 'o', color=f'C{color}', label=name)
+            legend[name], = ax.plot(*xy, 'o', color=f'C{color}', label=name)
             hollow = [(row['ratio'], row['published']) for row in points if row['published']]
             ax.plot(*zip(*hollow) if hollow else ([], []), 'o', mfc='none', color=f'C{color}', ms=9)
-        ax.set(title=objective, ylabel='perplexity', xlabel='compression: context tokens / positions before the target')
+        ax.set(title='language modelling' if objective == 'lm' else objective, ylabel='perplexity',
+               xlabel='compression: context tokens / positions before the target')
         ax.set_xscale('log', base=2)
         ax.xaxis.set_major_formatter('{x:g}')
-        ax.legend(frameon=False)
+    figure.legend(handles=list(legend.values()), loc='outside lower center', ncols=len(legend), frameon=False)
     figure.savefig(path, dpi=150)
 
 

@@ -44,7 +44,8 @@ def test_flags(capsys):
 
 
 def test_links_and_names():
-    for target in re.findall(r'\]\(([^)#]+)\)', README):
+    for target in re.findall(r'\]\(([^)#]+)\)|src="([^"]+)"', README):
+        target = ''.join(target)
         assert target.startswith('https://') or (ROOT / target).exists(), target
     for name, symbol in re.findall(r'`(\w+\.py)`, `([\w.]+)`', README):
         source = (ROOT / name).read_text(encoding='utf-8')
