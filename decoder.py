@@ -102,8 +102,9 @@ class MLP(nn.Module):
 def grouped_linear(x, weight, ends):
     """Rows times their experts' matrices: x (rows, in) sorted by expert, weight (E, out, in) -> (rows, out).
 
-    The rows of expert e end at `ends[e]`, (E,) int32. One kernel does all experts without telling the host how many
-    rows each has; it takes bf16 (on the CPU fp32 too) and rows of whole 16 bytes. Anything else goes through a loop.
+    The rows of expert e end at `ends[e]`, (E,) int32. One kernel does all experts, on Hopper cards and later without
+    telling the host how many rows each has (torch itself loops on older ones); it takes bf16 (on the CPU fp32 too) and
+    rows of whole 16 bytes. Anything else goes through the loop here.
     """
     dtypes = {'cuda': [torch.bfloat16], 'cpu': [torch.bfloat16, torch.float32]}.get(x.device.type, [])
     if x.dtype in dtypes and all(width * x.element_size() % 16 == 0 for width in weight.shape[1:]):

@@ -201,7 +201,8 @@ def read_page(args, device):
         raise SystemExit(f'{args.image}: no image that can be read ({e})')
     if not any(name.startswith(VISION) for name in open_tensors(fetch(args.model))):
         raise SystemExit(f'{args.model}: has no vision encoder, so it cannot read')
-    model, tokenizer, _ = load(args.model, 'vision', 0, device=device, vision_mode=args.vision_mode,
+    dtype = torch.bfloat16 if device.type == 'cuda' else torch.float32
+    model, tokenizer, _ = load(args.model, 'vision', 0, device=device, dtype=dtype, vision_mode=args.vision_mode,
                                vision_prompt='\n' + args.prompt.strip())
     size = (model.encoder.image_size,) * 2
     image = image.resize(size) if size[0] <= 640 else ImageOps.pad(image, size, color=(127, 127, 127))

@@ -86,7 +86,7 @@ def flags():
     flag('fsdp', bool, False, 'shard weights, gradients and optimiser among the processes', action='store_true')
     flag('compile', bool, None, 'torch.compile (default: on CUDA)', action=argparse.BooleanOptionalAction)
     flag('device', str, 'auto', 'cpu, cuda, mps; auto is cuda where there is one')
-    flag('workers', number(int, 0), None, 'processes that prepare batches (default: 2 on CUDA or for pages, else 0)')
+    flag('workers', number(int, 0), None, 'processes that prepare batches (default: 0; for pages 2; on CUDA 2 and 6)')
     flag('seed', number(int, 0), 0, 'of new weights and of the order of the data')
     flag('log_steps', positive, 10, 'steps between lines of the log')
     flag('eval_steps', positive, 500, 'steps between validations')
@@ -149,7 +149,7 @@ def restore(out, model, optimizer):
     try:
         state = torch.load(out / f'trainer-{step:08d}.pt', weights_only=True)
         now = [{name: value for name, value in group.items() if name != 'params'} for group in optimizer.param_groups]
-        set_optimizer_state_dict(model, optimizer, state['optimizer'], options=WHOLE)
+        set_optimizer_state_dict(model, optimizer, state['optimizer'], options=StateDictOptions(full_state_dict=True))
     except Exception as e:                     # torch raises a dozen kinds
         raise SystemExit(f'{out}/trainer-{step:08d}.pt: missing, damaged or of other flags ({type(e).__name__})')
     for group, given in zip(optimizer.param_groups, now):
@@ -190,8 +190,6 @@ def main(argv=None):
         raise SystemExit('--optimizer adafactor: does not work on the shards of --fsdp')
     if (out / 'config.json').exists() and not args.resume:
         raise SystemExit(f'{out}: holds a run; --resume goes on with it, --output_dir puts this one elsewhere')
-    if out.exists() and not out.is_dir():
-        raise SystemExit(f'--output_dir {out}: is not a folder')
     if G % world:
         raise SystemExit(f'--gradient_accumulation_steps {G}: not a multiple of {world} processes')
 
@@ -223,7 +221,7 @@ def main(argv=None):
     image_size = getattr(model.encoder, 'image_size', None)
     side = lambda name, limit=None: Batches(data, name, args.batch_size, tokenizer, image_size, args.seed, limit)
     train, val_part, val = side('train'), side('val', args.eval_segments), side('val')
-    workers = (2 if image_size or on_cuda else 0) if args.workers is None else args.workers
+    workers = args.workers if args.workers is not None else (6 if on_cuda else 2) if image_size else 2 * on_cuda
     args.steps = args.steps or -(-len(train) // G)
     with torch.no_grad(), autocast(device), FlopCounterMode(display=False) as counter:
         B, positions, _ = model.prefix(to_device(train[0], device)).shape
@@ -239,8 +237,10 @@ def main(argv=None):
     groups = [{'params': [p for p in part.parameters() if p.requires_grad], 'peak_lr': rate}
               for part, rate in ((model.encoder, encoder_lr), (model.decoder, args.learning_rate))]
     groups = [group for group in groups if group['params']]
+    # Adafactor's own constants are for fp32: in bf16, eps hides the gradients' squares, and slow averages round to a halt.
     optimizer = torch.optim.AdamW(groups, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True) \
-        if args.optimizer == 'adamw' else torch.optim.Adafactor(groups, weight_decay=args.weight_decay)
+        if args.optimizer == 'adamw' else torch.optim.Adafactor(groups, weight_decay=args.weight_decay,
+                                                                eps=(1e-15, 1e-3), beta2_decay=-0.5)
     start, best = restore(out, model, optimizer) if args.resume else (0, math.inf)
     if start >= args.steps:
         return print(f'{out}: has its {start} steps; --steps sets more')
@@ -264,7 +264,8 @@ def main(argv=None):
     mine = range(start * G + rank, args.steps * G, world)         # each process has its share of the micro-batches
     batches = iter(DataLoader(train, batch_size=None, sampler=mine, num_workers=workers, pin_memory=on_cuda))
     forward = torch.compile(model, dynamic=False) if (on_cuda if args.compile is None else args.compile) else model
-    forward = DistributedDataParallel(forward) if world > 1 and not fsdp else forward
+    ddp = world > 1 and not fsdp
+    forward = DistributedDataParallel(forward, gradient_as_bucket_view=True) if ddp else forward
     by_itself = args.optimizer == 'adamw' and not fsdp
     clock, clock_step, skipped = time.time(), start, torch.zeros((), device=device)
     card = torch.cuda.get_device_name(device) if on_cuda else ''
@@ -276,8 +277,6 @@ def main(argv=None):
         loss = 0.0
         for micro in range(G // world):
             forward.require_backward_grad_sync = micro == G // world - 1                    # of DistributedDataParallel
-            if fsdp:
-                model.set_requires_gradient_sync(micro == G // world - 1)
             with autocast(device):
                 losses, _, balance_loss = forward(to_device(next(batches), device))
             ((losses.mean() + balance_loss) / (G // world)).backward()
@@ -290,7 +289,7 @@ def main(argv=None):
             optimizer.found_inf = (~finite).float()               # where it is 1, fused AdamW leaves all as it was
         if by_itself or finite:                                   # what others must be told makes the host wait
             optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=not ddp)                  # DDP's gradients are views of what it sends
 
         halt = bool(stop) and world == 1
         if step % args.log_steps == 0 or step == 1:

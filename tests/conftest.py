@@ -35,6 +35,14 @@ def fork(target, *args):
     return process
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(request, monkeypatch):
+    """All but test_cuda.py are about the CPU, also where there is a GPU."""
+    if request.module.__name__ != 'test_cuda':
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+
+
 @pytest.fixture(scope='session')
 def decoder_golden():
     return golden('decoder')

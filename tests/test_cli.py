@@ -80,7 +80,7 @@ def test_a_run_is_not_overwritten(here, capsys):
     refused(capsys, train.main, '--resume --compression_window_size 500', 'the run to --resume has 4')
     refused(capsys, train.main, '--resume --objective lm --output_dir out/meanpool', '--objective lm')
     (here / 'file').write_text('')
-    refused(capsys, train.main, '--data texts --output_dir file', 'is not a folder')
+    refused(capsys, train.main, '--data texts --output_dir file', 'file: cannot be written')
     assert before == {p.name: p.read_bytes() for p in (here / 'out' / 'meanpool').iterdir()}
     (here / 'out' / 'meanpool' / 'trainer-00000001.pt').write_bytes(b'damaged')
     refused(capsys, train.main, '--resume --steps 2', 'trainer-00000001.pt')

@@ -1,4 +1,6 @@
 """What only a GPU can show; skipped where there is none."""
+from functools import partial
+
 import pytest
 import torch
 from conftest import golden_image, golden_model
@@ -30,7 +32,8 @@ def test_bf16_is_near_fp32_on_the_cpu(weights, regime, objective):
         exact = logits(model, data)
         with autocast(DEVICE):
             close = logits(model.to(DEVICE), to_device(data, DEVICE)).cpu()
-    assert (close - exact).norm() / exact.norm() < 2e-2
+    error = (close - exact).norm(dim=-1) / exact.norm(dim=-1)
+    assert error.median() < 2e-2 and error.square().mean().sqrt() < 6e-2      # rounding sends a few tokens to other experts
 
 
 @pytest.mark.parametrize('compiled', (False, True))
@@ -62,14 +65,22 @@ def test_the_kernel_is_the_loop():
         assert (ours - exact).norm() / exact.norm() < 2e-2
 
 
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] not in (9, 10),
+                    reason="before Hopper torch's grouped product is a loop that reads the ends on the host")
 def test_no_step_waits_for_the_device(weights):
-    """Forward and backward without a synchronisation of the host."""
-    model, data = golden_model(weights, 'meanpool', 64).to(DEVICE), to_device(batch(), DEVICE)
+    """A whole step without a synchronisation of the host."""
+    model, data = golden_model(weights, 'meanpool', 2000).to(DEVICE), to_device(batch(T=2000), DEVICE)
+    model.decoder.token_losses = partial(model.decoder.token_losses, rows=1000)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for mode in ('default', 'error'):                         # the first time, kernels are loaded
         torch.cuda.set_sync_debug_mode(mode)
         try:
             with autocast(DEVICE):
                 losses, _, balance_loss = model(data)
             (losses.mean() + balance_loss).backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.found_inf = (~torch.isfinite(norm)).float()
+            optimizer.step()
+            optimizer.zero_grad()
         finally:
             torch.cuda.set_sync_debug_mode('default')
