@@ -10,8 +10,8 @@ PPL is exp of the mean cross-entropy over all target tokens of the validation se
 is the likeliest token, exact the share of segments with all of them; every token predicted from the true ones before
 it. Passages are not: they are generated greedily from the memory alone, and CER is their characters' edit distance to
 the original over its length. Positions are all before the target; ratio is context tokens over those. Delta is PPL less
-that of the run that has the whole context. KV saved is in bytes a segment, at bf16; ms the time to encode one (on
-one thread of a CPU), its page drawn before.
+that of the run (the mean of the runs) with the whole context of the same data. KV saved is in bytes a segment, at bf16;
+ms the time to encode one (on one thread of a CPU), its page drawn before.
 
 Facts (factual recall) is the mean loss on the continuation's fact tokens, rest that on its other tokens. A fact is a
 word that has a digit, begins with a capital, or is rare (in at most one in a hundred of the contexts); its tokens
@@ -235,7 +235,7 @@ def row_of(folder, args, device):
     labels = {**run['settings'], 'hybrid': run['hybrid'] or '', **page}
     published = PUBLISHED.get((run['objective'], run['regime'], positions)) if run['context'] == 1000 else None
     return {
-        'run': folder, 'regime': run['regime'], 'objective': run['objective'],
+        'run': folder, 'regime': run['regime'], 'objective': run['objective'], 'data': data,
         'setting': ', '.join(f'{name} {value}' for name, value in labels.items() if value not in ('', None)),
         'positions': positions, 'ratio': round(run['context'] / positions, 2), 'PPL': round(result['ppl'], 3),
         'delta': None, 'published': published, 'accuracy': round(result['accuracy'], 3),
@@ -279,7 +279,7 @@ def main(argv=None):
     rows, passages = zip(*(row_of(folder, args, device) for folder in args.runs))
     for row in rows:
         whole = [other['PPL'] for other in rows if other['regime'] == 'text' and other['KV saved'] == 0
-                 and other['objective'] == row['objective']]
+                 and (other['objective'], other['data']) == (row['objective'], row['data'])]
         row['delta'] = round(row['PPL'] - np.mean(whole), 3) if whole else None
     columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
     print('| ' + ' | '.join(columns) + ' |\n|' + '---|' * len(columns))

@@ -37,16 +37,20 @@ def test_a_file_that_cannot_be_written_costs_no_row(runs, tmp_path, capsys, flag
 
 
 def test_the_table(runs, tmp_path, capsys):
-    names = ['whole', 'none', 'pool', 'conv', 'page']
+    names = ['whole', 'none', 'pool', 'conv', 'page', 'elsewhere']
+    prepare('stdlib', runs / 'code', tokenizer_of('tiny'), 32, 32, 40, 12)
+    model, _, config = load(str(runs / 'whole'), 'text', 32, 'lm')
+    config['run']['data'] = str(runs / 'code')
+    save(released_tensors(model, 'text'), config, runs / 'elsewhere')
     evaluation.main([str(runs / name) for name in names] + ['--csv', str(tmp_path / 'a.csv'), '--plot', str(tmp_path / 'a.png'),
                                                           '--generate', '3'])
     out = capsys.readouterr().out
     with open(tmp_path / 'a.csv', encoding='utf-8') as f:
         rows = {row['run'].rsplit('/', 1)[1]: row for row in csv.DictReader(f)}
-    assert out.count('--- original') == 15 and all(f'| {rows[name]["PPL"]} |' in out for name in names)
-    assert [rows[name]['positions'] for name in names] == ['33', '1', '10', '10', '8']
-    assert [rows[name]['ratio'] for name in names] == ['0.97', '32.0', '3.2', '3.2', '4.0']
-    assert float(rows['whole']['delta']) == 0 and rows['conv']['delta'] == '' == rows['conv']['facts']
+    assert out.count('--- original') == 18 and all(f'| {rows[name]["PPL"]} |' in out for name in names)
+    assert [rows[name]['positions'] for name in names] == ['33', '1', '10', '10', '8', '33']
+    assert [rows[name]['ratio'] for name in names] == ['0.97', '32.0', '3.2', '3.2', '4.0', '0.97']
+    assert float(rows['whole']['delta']) == float(rows['elsewhere']['delta']) == 0 and rows['conv']['delta'] == '' == rows['conv']['facts']
     assert float(rows['pool']['delta']) == pytest.approx(float(rows['pool']['PPL']) - float(rows['whole']['PPL']), abs=2e-3)
     # keys and values of 128 channels in 4 layers at 2 bytes, for each position that the memory is shorter
     assert int(rows['pool']['KV saved']) == (33 - 10) * 2 * 4 * 128 * 2 and float(rows['page']['ms']) > 0
