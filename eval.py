@@ -235,7 +235,7 @@ def row_of(folder, args, device):
     labels = {**run['settings'], 'hybrid': run['hybrid'] or '', **page}
     published = PUBLISHED.get((run['objective'], run['regime'], positions)) if run['context'] == 1000 else None
     return {
-        'run': folder, 'regime': run['regime'], 'objective': run['objective'], 'data': data,
+        'run': folder, 'regime': run['regime'], 'objective': run['objective'], 'data': Path(data).name,
         'setting': ', '.join(f'{name} {value}' for name, value in labels.items() if value not in ('', None)),
         'positions': positions, 'ratio': round(run['context'] / positions, 2), 'PPL': round(result['ppl'], 3),
         'delta': None, 'published': published, 'accuracy': round(result['accuracy'], 3),
