@@ -137,7 +137,7 @@ def fingerprint(tokenizer):
 
 def prepare(source, out, tokenizer, context, continuation, train_segments=None, val_segments=None, field=None):
     """Make the folder `out`, which has that name only once all is done. Without numbers of segments: all there are, a
-    tenth for validation. Raises SystemExit when the source is missing or too short."""
+    tenth for validation. Raises SystemExit when the source is missing or too short, or `out` cannot be written."""
     out, length, counts = Path(out), context + continuation, Counter(train=0, val=0)
     dtype = 'uint16' if tokenizer.n_vocab <= 2 ** 16 else 'uint32'
     if train_segments and not val_segments:

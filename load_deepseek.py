@@ -260,7 +260,8 @@ def save(tensors, config, folder, step=0, source=None):
     """Write released_tensors(), in the dtype that they have, and load()'s config as a checkpoint folder.
 
     The file of weights is named after the step, so that the index, written last, goes from one whole checkpoint to the
-    next in a single rename. The tokenizer and the modelling code of the folder `source` are copied along.
+    next in a single rename. The tokenizer and the modelling code of the folder `source` are copied along. Raises
+    SystemExit where it cannot write.
     """
     folder, name = Path(folder), f'model-{step:08d}.safetensors'
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}

@@ -125,13 +125,11 @@ def learning_rate_scale(step, steps, warmup_ratio):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)              # an optimiser's state, shards joined
-
-
 def save_run(out, step, model, optimizer, config, best, source, write):
     """Write optimiser and weights under new names; the index, renamed last, makes them the run's. Drop the old ones.
-    All processes call it, as shards must be put together; the one that is to `write` does."""
-    state = {'best': best, 'optimizer': get_optimizer_state_dict(model, optimizer, options=WHOLE),
+    All processes call it, as shards must be put together; the one that is to `write` does. SystemExit if it cannot."""
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)          # shards joined, in the host's memory
+    state = {'best': best, 'optimizer': get_optimizer_state_dict(model, optimizer, options=whole),
              'rng': torch.get_rng_state()}
     tensors = released_tensors(model, config['run']['regime'])
     if not write:
@@ -149,7 +147,8 @@ def restore(out, model, optimizer):
     try:
         state = torch.load(out / f'trainer-{step:08d}.pt', weights_only=True)
         now = [{name: value for name, value in group.items() if name != 'params'} for group in optimizer.param_groups]
-        set_optimizer_state_dict(model, optimizer, state['optimizer'], options=StateDictOptions(full_state_dict=True))
+        whole = StateDictOptions(full_state_dict=True)            # to the device: the host has a copy already
+        set_optimizer_state_dict(model, optimizer, state['optimizer'], options=whole)
     except Exception as e:                     # torch raises a dozen kinds
         raise SystemExit(f'{out}/trainer-{step:08d}.pt: missing, damaged or of other flags ({type(e).__name__})')
     for group, given in zip(optimizer.param_groups, now):
@@ -159,7 +158,8 @@ def restore(out, model, optimizer):
 
 
 def open_log(args, start):
-    """A function log(step, **values): to the screen, to log.jsonl behind step `start`, to Weights & Biases."""
+    """A function log(step, **values): to the screen, to log.jsonl behind step `start`, to Weights & Biases. It raises
+    SystemExit where it cannot write."""
     path, wandb = Path(args.output_dir, 'log.jsonl'), optional('wandb') if args.wandb else None
     lines = path.read_text(encoding='utf-8').splitlines(keepends=True) if start and path.exists() else []
     kept = [line for line in lines if line.endswith('}\n') and json.loads(line)['step'] <= start]
@@ -237,7 +237,7 @@ def main(argv=None):
     groups = [{'params': [p for p in part.parameters() if p.requires_grad], 'peak_lr': rate}
               for part, rate in ((model.encoder, encoder_lr), (model.decoder, args.learning_rate))]
     groups = [group for group in groups if group['params']]
-    # Adafactor's own constants are for fp32: in bf16, eps hides the gradients' squares, and slow averages round to a halt.
+    # Adafactor's own constants are for fp32: in bf16, eps hides the gradients' squares, slow averages round to a halt.
     optimizer = torch.optim.AdamW(groups, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True) \
         if args.optimizer == 'adamw' else torch.optim.Adafactor(groups, weight_decay=args.weight_decay,
                                                                 eps=(1e-15, 1e-3), beta2_decay=-0.5)
