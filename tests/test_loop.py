@@ -3,6 +3,7 @@ import json
 import os
 import socket
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from conftest import fork
 from data import prepare
 from decoder import Decoder, DecoderConfig, Autoencoder
 from encoders import ENCODERS, VisionConfig
+from estimate_memory import estimate, hollow, hollow_batch, train_step
 from load_deepseek import load, load_run, tokenizer_of
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 FLAGS = ['--regime', 'conv1d_residual', '--batch_size', '4', '--gradient_accumulation_steps', '2', '--log_steps', '1', '--eval_segments', '24',
          '--workers', '0']
@@ -103,6 +106,31 @@ def test_one_graph(regime):
         expected, _, _ = model(batch)
     (losses.mean() + balance).backward()
     assert (losses - expected).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize('regime', ENCODERS)
+def test_no_step_reads_a_number_back(regime):
+    """In bf16 a step works on tensors without content: nothing in it makes the host wait for a value."""
+    settings = {'vision_mode': '64'} if regime == 'vision' else {}
+    model, _, _ = load('tiny', regime, 128, 'lm', hybrid=3, device='meta', **settings)
+    model.decoder.token_losses = partial(model.decoder.token_losses, rows=100)
+    with FakeTensorMode():
+        hollow(model)
+        train_step(model, torch.optim.AdamW(model.parameters(), fused=True), hollow_batch(2, 128, 128, 64), micro_batches=1)
+
+
+@pytest.mark.parametrize('micro_batches', [1, 2])
+def test_estimated_memory(micro_batches):
+    """A product with 1000 x 1000 numbers in fp32: weights, two moments, gradient, and one more of it while two are added."""
+    class Product(torch.nn.Linear):
+        def forward(self, batch):
+            return super().forward(batch['x']), None, 0.0
+
+    with FakeTensorMode():
+        model = Product(1000, 1000, bias=False)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        found = estimate(model, optimizer, {'x': torch.empty(10, 1000)}, micro_batches, dtype=None)
+    assert 0 <= found - (3 + micro_batches) * 4e6 < 5 * 4e4       # and a few activations
 
 
 def test_recomputing_activations_changes_nothing():

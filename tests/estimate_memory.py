@@ -1,0 +1,111 @@
+"""
+Peak memory of a training step, without the card: the step runs on tensors that have a shape and no content.
+
+    python tests/estimate_memory.py --regime meanpool                          # flags of train.py; the full-size model
+    python tests/estimate_memory.py --batch_size 1 --weights bf16 --optimizer adafactor --learning_rate 5e-3 --grad_checkpoint
+
+All that torch allocates is counted as long as it lives: weights, gradients, optimiser, activations, bf16 copies. On top come what a
+kernel takes for itself, and the CUDA context (about half a GiB). With torch.compile the amounts differ, and they are not known here.
+"""
+import sys
+import weakref
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from encoders import ENCODERS, settings_of                    # noqa: E402
+from load_deepseek import load                                # noqa: E402
+from train import flags                                       # noqa: E402
+
+
+class Storages(TorchDispatchMode):
+    """Bytes of the storages that are alive, `now` and at the `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, weakref.WeakSet()
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage not in self.known:
+            self.known.add(storage)
+            self.grow(storage.nbytes())
+            weakref.finalize(storage, self.grow, -storage.nbytes())
+
+    def grow(self, size):
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return 1.0                                        # Adafactor asks for norms; any will do
+        result = function(*args, **kwargs or {})
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor)
+        return result
+
+
+def hollow(model):
+    """Give a model on `meta` parameters on the CPU without content; under FakeTensorMode."""
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            module.register_parameter(name, torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad))
+
+
+def hollow_batch(size, context, continuation, side):
+    """A batch without content; under FakeTensorMode."""
+    return {'context': torch.empty(size, context, dtype=torch.long), 'continuation': torch.empty(size, continuation, dtype=torch.long),
+            'image': torch.empty(size, 3, side, side, dtype=torch.uint8)}
+
+
+def train_step(model, optimizer, batch, micro_batches, dtype=torch.bfloat16):
+    """What a step of train.py does with the tensors of a model on the CPU."""
+    for _ in range(micro_batches):
+        with torch.autocast('cpu', dtype=dtype, enabled=dtype is not None):
+            losses, _, balance_loss = model(batch)
+        (losses.mean() + balance_loss).backward()
+        del losses, balance_loss
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if isinstance(optimizer, torch.optim.AdamW):
+        optimizer.found_inf = (~torch.isfinite(norm)).float()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def estimate(model, optimizer, batch, micro_batches=2, dtype=torch.bfloat16):
+    """Bytes at the peak of the second step (the first makes the optimiser's state); under FakeTensorMode."""
+    storages = Storages()
+    for tensor in [*model.parameters(), *batch.values()]:
+        storages.add(tensor)
+    with storages:
+        for _ in range(2):
+            train_step(model, optimizer, batch, micro_batches, dtype)
+    return storages.peak
+
+
+def main():
+    parser = flags()
+    parser.set_defaults(model='full', context=1000, continuation=1000)
+    args = parser.parse_args()
+    settings = {name: vars(args)[name] for encoder in ENCODERS.values() for name in settings_of(encoder)}
+    model, _, _ = load(args.model, args.regime, args.context, args.objective, args.hybrid_text_tokens, 'meta',
+                       torch.bfloat16 if args.weights == 'bf16' else torch.float32, **settings)
+    model.decoder.grad_checkpoint = args.grad_checkpoint
+    if not args.train_encoder:
+        model.encoder.requires_grad_(False)
+    with FakeTensorMode():
+        hollow(model)
+        batch = hollow_batch(args.batch_size, args.context, args.continuation, getattr(model.encoder, 'image_size', 0))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adafactor(trained) if args.optimizer == 'adafactor' else torch.optim.AdamW(trained, fused=True)
+        peak = estimate(model, optimizer, batch, min(args.gradient_accumulation_steps, 2))
+    print(f'{peak / 1e9:.1f} GB  {" ".join(sys.argv[1:])}')
+
+
+if __name__ == '__main__':
+    main()
