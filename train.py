@@ -316,7 +316,7 @@ def main(argv=None):
             save_run(out, step, model, optimizer, config, best, source, write=rank == 0)
         clock += time.time() - paused                             # what is reported as speed is the training's
         if halt and not last:
-            return print(f'stopped at step {step}; --resume goes on from the last save')
+            return print(f'stopped at step {step}' + '; --resume goes on from the last save' * bool(args.save_steps))
     texts = passage(model, {name: x[:1] for name, x in val[0].items()}, tokenizer, device, length=256)
     if world > 1:
         dist.destroy_process_group()

@@ -182,8 +182,8 @@ def test_generation_is_fast_in_the_length_and_alike_in_any_batch():
         x = torch.cat([model.prefix(one), model.decoder.embed_tokens(ids[:, :-1])], dim=1)
         assert model.decoder.logits(model.decoder(x)[0][:, -1000:]).argmax(dim=-1).tolist() == ids.tolist()
         start = time.process_time()
-        for n in range(100, 1000, 100):                                       # what a step would cost without a cache
+        for n in (100, 300, 500, 700, 900):                                   # what a step would cost without a cache
             model.decoder(x[:, :n])
-    assert 1000 * (time.process_time() - start) / 9 > 5 * long
-    texts = model.generate(batch, 40)
-    assert all(torch.equal(texts[i], model.generate({'context': batch['context'][i:i + 1]}, 40)[0]) for i in range(8))
+    assert 1000 * (time.process_time() - start) / 5 > 5 * long
+    texts = model.generate(batch, 20)
+    assert all(torch.equal(texts[i], model.generate({'context': batch['context'][i:i + 1]}, 20)[0]) for i in range(8))

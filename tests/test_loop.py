@@ -108,7 +108,7 @@ def test_one_graph(regime):
     assert (losses - expected).abs().max() < 1e-2
 
 
-@pytest.mark.parametrize('regime', ENCODERS)
+@pytest.mark.parametrize('regime', ['meanpool', 'vision'])
 def test_no_step_reads_a_number_back(regime):
     """In bf16 a step works on tensors without content: nothing in it makes the host wait for a value."""
     settings = {'vision_mode': '64'} if regime == 'vision' else {}
