@@ -146,7 +146,7 @@ def restore(out, model, optimizer):
     step = read_json(out / 'model.safetensors.index.json')['metadata']['step']
     try:
         state = torch.load(out / f'trainer-{step:08d}.pt', weights_only=True)
-        now = [{name: value for name, value in group.items() if name != 'params'} for group in optimizer.param_groups]
+        now = [dict(group) for group in optimizer.param_groups]
         whole = StateDictOptions(full_state_dict=True)            # to the device: the host has a copy already
         set_optimizer_state_dict(model, optimizer, state['optimizer'], options=whole)
     except Exception as e:                     # torch raises a dozen kinds
