@@ -49,8 +49,9 @@ def flags():
         formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 36, 120))
 
     def flag(name, kind, default, text, **options):
-        text += '' if default in (None, False) else f' (default {default})'
-        options = options or {'type': kind, 'metavar': kind.__name__}
+        text += '' if default is None or kind is bool else f' (default {default})'
+        switch, value = {'action': argparse.BooleanOptionalAction}, {'type': kind, 'metavar': kind.__name__}
+        options = options or (switch if kind is bool else value)
         group.add_argument(f'--{name}', default=default, help=text, **options)
 
     group = parser.add_argument_group('what to train')
@@ -67,8 +68,7 @@ def flags():
     for regime, encoder in ENCODERS.items():
         group = parser.add_argument_group(f'settings of {regime}', encoder.__doc__)
         for name, p in settings_of(encoder).items():
-            switch = {'action': argparse.BooleanOptionalAction} if p.annotation is bool else {}
-            flag(name, p.annotation, None, '' if p.default is None else f'(default {p.default!r})', **switch)
+            flag(name, p.annotation, None, '' if p.default is None else f'(default {p.default!r})')
     group = parser.add_argument_group('how')
     flag('steps', positive, None, 'optimiser steps (default: one epoch)')
     flag('batch_size', positive, 8, 'segments in a micro-batch')
@@ -82,9 +82,9 @@ def flags():
     flag('optimizer', str, 'adamw', "adafactor keeps little state; its rate is a share of a weight's size: 5e-3",
          choices=('adamw', 'adafactor'))
     flag('weights', str, 'fp32', "as they are trained; bf16 is the authors'", choices=('fp32', 'bf16'))
-    flag('grad_checkpoint', bool, False, 'compute activations twice instead of keeping them', action='store_true')
-    flag('fsdp', bool, False, 'shard weights, gradients and optimiser among the processes', action='store_true')
-    flag('compile', bool, None, 'torch.compile (default: on CUDA)', action=argparse.BooleanOptionalAction)
+    flag('grad_checkpoint', bool, False, 'compute activations twice instead of keeping them')
+    flag('fsdp', bool, False, 'shard weights, gradients and optimiser among the processes')
+    flag('compile', bool, None, 'torch.compile (default: on CUDA)')
     flag('device', str, 'auto', 'cpu, cuda, mps; auto is cuda where there is one')
     flag('workers', number(int, 0), None, 'processes that prepare batches (default: 0; for pages 2; on CUDA 2 and 6)')
     flag('seed', number(int, 0), 0, 'of new weights and of the order of the data')
