@@ -16,6 +16,7 @@ import json
 import lzma
 import math
 import re
+import signal
 import sysconfig
 import tempfile
 from collections import Counter
@@ -231,6 +232,11 @@ class Batches(torch.utils.data.Dataset):
             pages = [np.asarray(render_page(text, self.image_size, **self.page)[0]) for text in texts]
             batch['image'] = torch.from_numpy(np.stack(pages)).permute(0, 3, 1, 2).contiguous()
         return batch
+
+
+def outlive_sigterm(_):
+    """In a worker: the first SIGTERM, which torchrun sends to all processes of a run, is for the run to obey."""
+    signal.signal(signal.SIGTERM, lambda signum, _: signal.signal(signum, signal.SIG_DFL))
 
 
 def number(kind, least, most=math.inf):

@@ -34,7 +34,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Batches, number, open_corpus, positive
+from data import Batches, number, open_corpus, outlive_sigterm, positive
 from decoder import OBJECTIVES
 from load_deepseek import VISION, fetch, load, load_run, open_tensors, optional, writing
 
@@ -107,7 +107,7 @@ def evaluate(model, batches, device, workers=0, rank=0, world=1, progress=False,
     model.eval()
     share = range(rank, rank + world * -(-len(batches) // world), world)      # as many for each: shards work together
     sampler = [min(n, len(batches) - 1) for n in share]
-    loader = DataLoader(batches, batch_size=None, sampler=sampler, num_workers=workers)
+    loader = DataLoader(batches, batch_size=None, sampler=sampler, num_workers=workers, worker_init_fn=outlive_sigterm)
     for n, batch in zip(share, tqdm(loader, disable=not progress, leave=False)):
         with autocast(device):
             losses, hit, _ = model(to_device(batch, device))

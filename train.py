@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import Batches, number, open_corpus, positive, prepare
+from data import Batches, number, open_corpus, outlive_sigterm, positive, prepare
 from decoder import OBJECTIVES
 from encoders import ENCODERS, settings_of
 from eval import autocast, evaluate, passage, pick_device, show, to_device
@@ -262,7 +262,8 @@ def main(argv=None):
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, ask_to_stop)
     mine = range(start * G + rank, args.steps * G, world)         # each process has its share of the micro-batches
-    batches = iter(DataLoader(train, batch_size=None, sampler=mine, num_workers=workers, pin_memory=on_cuda))
+    batches = iter(DataLoader(train, batch_size=None, sampler=mine, num_workers=workers, pin_memory=on_cuda,
+                              worker_init_fn=outlive_sigterm))
     forward = torch.compile(model, dynamic=False) if (on_cuda if args.compile is None else args.compile) else model
     ddp = world > 1 and not fsdp
     forward = DistributedDataParallel(forward, gradient_as_bucket_view=True) if ddp else forward
