@@ -215,8 +215,9 @@ def read_page(args, device):
 def row_of(folder, args, device):
     """Evaluate a run -> its row of the table as a dict, and [(original, generated)]."""
     model, tokenizer, config = load_run(folder, device)
-    run, page = config['run'], {k: v for k, v in vars(args).items() if k in ('font', 'font_size', 'line_spacing') and v}
-    data, image_size = args.data or run['data'], getattr(model.encoder, 'image_size', None)
+    run, image_size = config['run'], getattr(model.encoder, 'image_size', None)
+    data = args.data or run['data']
+    page = {k: v for k in ('font', 'font_size', 'line_spacing') if image_size and (v := getattr(args, k))}
     open_corpus(data, tokenizer, run['context'])
     batches = Batches(data, 'val', args.batch_size, tokenizer, image_size, limit=args.segments, **page)
     kept, facts = run['context'] // 4 if args.kept is None else args.kept, None

@@ -97,7 +97,7 @@ def render_page(text, size, font='DejaVuSans.ttf', font_size=None, line_spacing=
         middle = (low + high + 1) // 2
         fits = len(wrap(text, font, middle, room)[0]) * int(line_spacing * middle) <= room
         low, high = (middle, high) if fits else (low, middle - 1)
-    (starts, stops, x), step = wrap(text, font, low, room), int(line_spacing * low)
+    (starts, stops, x), step = wrap(text, font, low, room), max(int(line_spacing * low), 1)
     drawn = min(len(starts), room // step)
     rest = text[starts[drawn]:] if drawn < len(starts) else ''
     if not drawn:
