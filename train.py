@@ -106,6 +106,8 @@ def parse_args(argv=None):
     if args.resume and not Path(model, 'model.safetensors.index.json').exists():
         raise SystemExit(f'--resume: no saved run in {model}')
     run = {} if model in PRESETS else read_json(fetch(model) / 'config.json').get('run', {})
+    if args.resume and not run:
+        raise SystemExit(f'--resume: {model} has a checkpoint, but not a run of train.py')
     parser.set_defaults(**(TINY if model == 'tiny' else run.get('args', {})))
     if run and parser.parse_args(argv).regime == run['regime']:       # the settings are those of the run's own encoder
         parser.set_defaults(**run['settings'])
@@ -246,7 +248,7 @@ def main(argv=None):
         return print(f'{out}: has its {start} steps; --steps sets more')
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    log = open_log(args, start) if rank == 0 else lambda *_, **__: None
+        log = open_log(args, start) if rank == 0 else lambda *_, **__: None
     if rank == 0:
         print(f'{out}: {args.regime} {config["run"]["settings"]}, {args.objective}; encoder {count(model.encoder):,} '
               f'parameters at {encoder_lr:g}, decoder {count(model.decoder):,} at {args.learning_rate:g}; '
