@@ -131,8 +131,7 @@ def save_run(out, step, model, optimizer, config, best, source, write):
     """Write optimiser and weights under new names; the index, renamed last, makes them the run's. Drop the old ones.
     All processes call it, as shards must be put together; the one that is to `write` does. SystemExit if it cannot."""
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)          # shards joined, in the host's memory
-    state = {'best': best, 'optimizer': get_optimizer_state_dict(model, optimizer, options=whole),
-             'rng': torch.get_rng_state()}
+    state = {'best': best, 'optimizer': get_optimizer_state_dict(model, optimizer, options=whole)}
     tensors = released_tensors(model, config['run']['regime'])
     if not write:
         return
@@ -144,7 +143,7 @@ def save_run(out, step, model, optimizer, config, best, source, write):
 
 
 def restore(out, model, optimizer):
-    """Put a run's optimiser and random state back -> its step and best loss. Raises SystemExit for a damaged file."""
+    """Put a run's optimiser back -> its step and best loss. Raises SystemExit for a damaged file."""
     step = read_json(out / 'model.safetensors.index.json')['metadata']['step']
     try:
         state = torch.load(out / f'trainer-{step:08d}.pt', weights_only=True)
@@ -155,7 +154,6 @@ def restore(out, model, optimizer):
         raise SystemExit(f'{out}/trainer-{step:08d}.pt: missing, damaged or of other flags ({type(e).__name__})')
     for group, given in zip(optimizer.param_groups, now):
         group.update(given)                    # what the command line says goes before what was saved
-    torch.set_rng_state(state['rng'])
     return step, state['best']
 
 
@@ -275,6 +273,7 @@ def main(argv=None):
     card_tflops = next((tflops for name, tflops in CARD_TFLOPS.items() if name in card), None)
     for step in range(start + 1, args.steps + 1):
         model.train()
+        torch.manual_seed(args.seed + world * step + rank)            # for an encoder that draws numbers
         for group in optimizer.param_groups:
             group['lr'] = group['peak_lr'] * learning_rate_scale(step - 1, args.steps, args.warmup_ratio)
         loss = 0.0
