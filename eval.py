@@ -220,12 +220,12 @@ def row_of(folder, args, device):
     page = {k: v for k in ('font', 'font_size', 'line_spacing') if image_size and (v := getattr(args, k))}
     open_corpus(data, tokenizer, run['context'])
     batches = Batches(data, 'val', args.batch_size, tokenizer, image_size, limit=args.segments, **page)
+    one = to_device({name: x[:1] for name, x in batches[0].items()}, device)
     kept, facts = run['context'] // 4 if args.kept is None else args.kept, None
     if run['objective'] == 'lm':
         common = common_words(Batches(data, 'val', 1, tokenizer, limit=1000), tokenizer)
         facts = lambda batch: fact_tokens(batch, tokenizer, kept, common)
     result = evaluate(model, batches, device, args.workers, progress=True, facts=facts)
-    one = to_device({name: x[:1] for name, x in batches[0].items()}, device)
     with torch.no_grad(), autocast(device):
         positions, c = model.prefix(one).shape[1], model.decoder.config
         timer = Timer('model.prefix(one)', globals={'model': model, 'one': one}).blocked_autorange()
