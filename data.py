@@ -71,7 +71,7 @@ def records(path, counts, alone):
             for line in f:
                 try:
                     yield json.loads(line.decode('utf-8', errors='replace'))
-                except ValueError:
+                except (ValueError, RecursionError):
                     counts['lines that are not JSON' if line.strip() else 'empty lines'] += 1
         elif b'\0' in (raw := f.read())[:8192]:
             counts['binary files'] += 1
@@ -83,18 +83,19 @@ def records(path, counts, alone):
 
 def documents(source, field, counts):
     """The texts of a source, in order. The text of a record is its `field`: by default "text", or the one that is the
-    longest in the first record. Raises SystemExit for a damaged file."""
+    longest in the file's first record. Raises SystemExit for a damaged file."""
     if source == 'pydoc':
         from pydoc_data.topics import topics
         yield from (topics[name] for name in sorted(topics))
         return
     for path in find_files(source):
+        name = field
         try:
             for record in records(path, counts, alone=path == Path(source)):
                 texts = {k: v for k, v in record.items() if isinstance(v, str)} if isinstance(record, dict) else {}
-                field = field or ('text' if 'text' in texts else max(texts, key=lambda k: len(texts[k]), default=None))
-                counts[f'records without {field or "text"}'] += field not in texts
-                yield texts.get(field, '')
+                name = name or ('text' if 'text' in texts else max(texts, key=lambda k: len(texts[k]), default=None))
+                counts[f'records without {name or "text"}'] += name not in texts
+                yield texts.get(name, '')
         except (OSError, EOFError, ValueError, lzma.LZMAError) as e:
             raise SystemExit(f'{path}: cannot be read ({e})')
 

@@ -44,7 +44,8 @@ def test_every_kind_of_file(tmp_path):
         (tmp_path / name).write_text(name + TEXT, encoding='utf-8')
     (tmp_path / 'h.txt.xz').write_bytes(lzma.compress(b'h' + TEXT.encode()))
     (tmp_path / 'ignored.png').write_bytes(b'\0')
-    assert texts(tmp_path)[0] == expected * 3 + ['e.txt' + TEXT, 'f.md' + TEXT, 'g.py' + TEXT, 'h' + TEXT]
+    (tmp_path / 'i.jsonl').write_text(json.dumps({'id': 'short', 'body': 'i' + TEXT}), encoding='utf-8')   # no "text", as others have
+    assert texts(tmp_path)[0] == expected * 3 + ['e.txt' + TEXT, 'f.md' + TEXT, 'g.py' + TEXT, 'h' + TEXT, 'i' + TEXT]
     assert len(texts('stdlib')[0]) > 300 and len(texts('pydoc')[0]) > 50
 
 

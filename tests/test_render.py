@@ -66,6 +66,7 @@ def test_the_knobs():
     inverse = np.asarray(render.render_page(text, 640, ink='white', paper='black')[0])
     assert (255 - inverse == np.asarray(render.render_page(text, 640)[0])).all()
     assert render.render_page(' \n ', 128)[1:] == (30, 0, '')
+    assert render.render_page('a b', 64, font_size=1, line_spacing=0.5)[2] == 1
     with pytest.raises(SystemExit, match='nofont'):
         render.render_page('a', 128, font='nofont.ttf')
 
