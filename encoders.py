@@ -9,10 +9,11 @@ The encoders: a context of T tokens to a memory of M vectors, each as wide as th
     vision           the context drawn as a page, read by DeepSeek-OCR's encoder:  page -> SAM -> CLIP -> projector
 
 A new encoder is a class with the same constructor, (config, context_length, *, settings), and its entry in ENCODERS,
-whose name is what the paper calls the regime. Settings are annotated bool, int, float or str, and named as no other
-flag is. They become flags of train.py, are stored in config.json and label the row in eval.py's table; where an
-attribute of the same name holds a number or a word, that is stored: so a default of None is told as what it came to.
-An encoder with an `image_size` gets pages, one with a `prompt` has the decoder read that after the memory.
+whose name is what the paper calls the regime. Settings are annotated bool, int, float or str; encoders may share them,
+but no other flag may have their names. They become flags of train.py, are stored in config.json and label the row in
+eval.py's table; where an attribute of the same name holds a number or a word, that is stored: so a default of None is
+told as what it came to. An encoder with an `image_size` gets pages, one with a `prompt` has the decoder read that after
+the memory.
 
 Shapes: B batch, T context tokens, M memory vectors, D decoder width, S page side in pixels, C channels, H W height and
 width in patches, n heads, d head width. References: arXiv 2512.03643 (the compressors), deepencoder.py of DeepSeek-OCR,

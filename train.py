@@ -18,6 +18,7 @@ import os
 import re
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -65,10 +66,13 @@ def flags():
     flag('continuation', positive, None, 'continuation tokens a segment (default: likewise)')
     flag('output_dir', str, None, "the run's folder (default: out/<regime>, out/<regime>_lm)")
     flag('resume', bool, False, 'go on with the run in --output_dir', action='store_true')
+    known = set()                                                 # encoders may share a setting
     for regime, encoder in ENCODERS.items():
         group = parser.add_argument_group(f'settings of {regime}', encoder.__doc__)
         for name, p in settings_of(encoder).items():
-            flag(name, p.annotation, None, '' if p.default is None else f'(default {p.default!r})')
+            if name not in known:
+                flag(name, p.annotation, None, '' if p.default is None else f'(default {p.default!r})')
+            known.add(name)
     group = parser.add_argument_group('how')
     flag('steps', positive, None, 'optimiser steps (default: one epoch)')
     flag('batch_size', positive, 8, 'segments in a micro-batch')
@@ -78,7 +82,7 @@ def flags():
     flag('weight_decay', number(float, 0), 0.01, 'on all parameters')
     flag('beta2', number(float, 0, 0.999999), 0.999, "AdamW's second")
     flag('warmup_ratio', number(float, 0, 1), 0.1, 'share of the steps that warm up')
-    flag('max_grad_norm', number(float, 0), 1.0, 'clip the gradient to this norm')
+    flag('max_grad_norm', number(float, 1e-9), 1.0, 'clip the gradient to this norm')
     flag('optimizer', str, 'adamw', "adafactor keeps little state; its rate is a share of a weight's size: 5e-3",
          choices=('adamw', 'adafactor'))
     flag('weights', str, 'fp32', "as they are trained; bf16 is the authors'", choices=('fp32', 'bf16'))
@@ -112,7 +116,8 @@ def parse_args(argv=None):
     if run and parser.parse_args(argv).regime == run['regime']:       # the settings are those of the run's own encoder
         parser.set_defaults(**run['settings'])
     args = parser.parse_args(argv)
-    for name in ['regime', 'objective', 'hybrid_text_tokens', *run['settings']] if args.resume else []:
+    same = ['regime', 'objective', 'hybrid_text_tokens', 'context', 'continuation', *run.get('settings', [])]
+    for name in same if args.resume else []:
         if getattr(args, name) != (was := {**run['args'], **run['settings']}[name]):
             raise SystemExit(f'--{name} {getattr(args, name)}: the run to --resume has {was}')
     args.model, args.output_dir = model, model if args.resume else folder(args)
@@ -179,7 +184,8 @@ def open_log(args, start):
 def main(argv=None):
     """The run, from top to bottom; under torchrun each process runs it. Raises SystemExit for a user's mistake."""
     args = parse_args(argv)
-    settings = {name: vars(args).pop(name) for encoder in ENCODERS.values() for name in settings_of(encoder)}
+    names = {name for encoder in ENCODERS.values() for name in settings_of(encoder)}
+    settings = {name: vars(args).pop(name) for name in names}
     kept = {name: value for name, value in vars(args).items() if name not in ('model', 'output_dir', 'resume')}
     world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))      # torchrun sets them
     out, device = Path(args.output_dir), pick_device(args.device, int(os.environ.get('LOCAL_RANK', 0)))
@@ -197,15 +203,18 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     tokenizer = tokenizer_of(args.model)
     if world > 1:
-        dist.init_process_group('nccl' if on_cuda else 'gloo')
+        dist.init_process_group('nccl' if on_cuda else 'gloo', timeout=timedelta(hours=3))      # rank 0 may prepare
     data, length = args.data, 128 if args.model == 'tiny' else 1000
     if not Path(data, 'meta.json').exists():                      # a source, to be prepared
         lengths = args.context or length, args.continuation or length
         data = 'corpora/' + '_'.join([re.sub(r'\W+', '_', data), tokenizer.name, *map(str, lengths)])
-        if rank == 0 and Path(data).exists():
-            print(f'{data}: made before; delete it if {args.data} is no longer the same')
+        if not Path(data).exists():
+            if rank == 0:
+                prepare(args.data, data, tokenizer, *lengths)
+        elif (source := read_json(Path(data, 'meta.json'))['source']) != args.data:
+            raise SystemExit(f'{data}: made from {source}; prepare {args.data} by data.py, under another name')
         elif rank == 0:
-            prepare(args.data, data, tokenizer, *lengths)
+            print(f'{data}: made before; delete it if {args.data} is no longer the same')
     if world > 1:
         dist.barrier()                                            # until rank 0 has prepared it
     meta = open_corpus(data, tokenizer, args.context, args.continuation)
@@ -325,8 +334,10 @@ def main(argv=None):
     if rank == 0:
         show(*texts[0], args.objective)
     if rank == 0 and args.save_steps:
-        print(f'saved in {out}: python eval.py {out}. The same with the real model, and DIR from data.py:\n'
-              f'    python train.py --regime {args.regime} --data DIR --model deepseek-ai/DeepSeek-OCR')
+        print(f'saved in {out}: python eval.py {out}')
+        if args.model == 'tiny':
+            print('The same with the real model, and DIR from data.py:\n'
+                  f'    python train.py --regime {args.regime} --data DIR --model deepseek-ai/DeepSeek-OCR')
 
 
 if __name__ == '__main__':

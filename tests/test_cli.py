@@ -1,5 +1,6 @@
 """A user's mistake gets one clear line and a non-zero exit, and costs no checkpoint."""
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -45,6 +46,7 @@ def refused(capsys, main, command, message):
     ('--steps x', "--steps: invalid int value: 'x'"),
     ('--workers -1', '--workers: -1 is not from 0'),
     ('--beta2 2', '--beta2: 2 is not from 0'),
+    ('--max_grad_norm 0', '--max_grad_norm: 0 is not from'),
     ('--device tpu', '--device tpu'),
     ('--compile', '--compile: on the CPU'),
     ('--output_dir texts/a.txt/run --steps 1 --batch_size 2', 'run: cannot be written'),
@@ -77,6 +79,7 @@ def test_a_run_is_not_overwritten(here, capsys):
     refused(capsys, train.main, '--data texts --steps 1', 'holds a run')
     refused(capsys, train.main, '--resume --compression_window_size 500', 'the run to --resume has 4')
     refused(capsys, train.main, '--resume --objective lm --output_dir out/meanpool', '--objective lm')
+    refused(capsys, train.main, '--resume --context 64', '--context 64: the run to --resume has 128')
     (here / 'file').write_text('')
     refused(capsys, train.main, '--data texts --output_dir file', 'file: cannot be written')
     assert before == {p.name: p.read_bytes() for p in (here / 'out' / 'meanpool').iterdir()}
@@ -92,6 +95,9 @@ def test_corpora(here, capsys):
     assert not list(here.glob('x*'))
     data.main('texts --out made --context 100 --continuation 20'.split())
     refused(capsys, data.main, 'texts --out made', 'exists already')
+    (here / 'corpora').mkdir(exist_ok=True)
+    shutil.copytree(here / 'made', here / 'corpora' / 'te_xts_bytes_100_20')
+    refused(capsys, train.main, '--data te.xts --context 100 --continuation 20', 'made from texts')
     refused(capsys, train.main, '--data made --context 50', 'made for context 100, not 50')
     meta = json.loads((here / 'made' / 'meta.json').read_text(encoding='utf-8'))
     (here / 'made' / 'meta.json').write_text(json.dumps({**meta, 'tokenizer': 'deepseek 0'}), encoding='utf-8')

@@ -1,6 +1,7 @@
 """The loop's promises: what it counts, what it skips, what it shares among processes, what a kill cannot hurt."""
 import json
 import os
+import signal
 import socket
 import time
 from functools import partial
@@ -169,6 +170,19 @@ def test_killed_and_resumed_is_the_same_run(corpus, tmp_path):
     key = lambda out: [(line['step'], line.get('loss'), line.get('val_loss')) for line in read(out)]
     assert key(tmp_path / 'killed') == key(tmp_path / 'whole')
     assert sorted(p.name for p in (tmp_path / 'killed').iterdir()) == sorted(p.name for p in (tmp_path / 'whole').iterdir())
+
+
+def test_a_signal_to_the_workers_too(corpus, tmp_path):
+    """SIGTERM to the whole process group, as torchrun and batch systems send it, with workers: saved, and no failure."""
+    def group():
+        os.setpgrp()
+        train.main([*FLAGS[:-1], '1', '--data', corpus, '--steps', '100000', '--output_dir', str(tmp_path / 'a')])
+    process, until = fork(group), time.time() + 60
+    while not (tmp_path / 'a' / 'log.jsonl').exists() or not read(tmp_path / 'a') and time.time() < until:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 0 and (tmp_path / 'a' / 'model.safetensors.index.json').exists()
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(corpus, tmp_path, monkeypatch):
