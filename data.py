@@ -180,6 +180,22 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
     print(f'{out}: {told}')
 
 
+def corpus_of(source, tokenizer, context, continuation, prepares=True):
+    """The folder of a source's segments: the source itself if data.py made it, else one under corpora/. If that is not
+    there yet, a process that `prepares` makes it. Raises SystemExit as prepare() does, and if it is another source's."""
+    if Path(source, 'meta.json').exists():
+        return source
+    name = '_'.join([re.sub(r'\W+', '_', source), tokenizer.name, str(context), str(continuation)])
+    folder = Path('corpora', name)
+    if folder.exists() and (other := read_json(folder / 'meta.json')['source']) != source:
+        raise SystemExit(f'{folder}: made from {other}; prepare {source} by data.py, under another name')
+    if folder.exists() and prepares:
+        print(f'{folder}: made before; delete it if {source} is no longer the same')
+    elif prepares:
+        prepare(source, folder, tokenizer, context, continuation)
+    return str(folder)
+
+
 def open_corpus(folder, tokenizer, context=None, continuation=None):
     """meta.json of a prepared corpus. Raises SystemExit with the reason when the corpus does not fit."""
     meta = read_json(Path(folder, 'meta.json'))

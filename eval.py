@@ -2,7 +2,7 @@
 Runs to evidence: a table, a picture, and text you can read.
 
     python eval.py out/meanpool out/conv1d_residual                      a row a run, and a passage that each makes anew
-    python eval.py out/* --generate 20 --csv table.csv --plot table.png
+    python eval.py out/lab/* --generate 20 --csv table.csv --plot table.png
     python eval.py out/vision --data DIR --font_size 12                  another corpus; the page in another type
     python eval.py --model deepseek-ai/DeepSeek-OCR --image page.png     read a page
 

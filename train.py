@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import re
 import signal
 import time
 from datetime import timedelta
@@ -30,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import Batches, number, open_corpus, outlive_sigterm, positive, prepare
+from data import Batches, corpus_of, number, open_corpus, outlive_sigterm, positive
 from decoder import OBJECTIVES
 from encoders import ENCODERS, settings_of
 from eval import autocast, evaluate, passage, pick_device, show, to_device
@@ -132,6 +131,17 @@ def learning_rate_scale(step, steps, warmup_ratio):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
+def make_optimizer(model, encoder_lr, args):
+    """AdamW or Adafactor with a group for encoder and decoder each, unless it is frozen, and their rates as peak_lr."""
+    groups = [{'params': [p for p in part.parameters() if p.requires_grad], 'peak_lr': rate}
+              for part, rate in ((model.encoder, encoder_lr), (model.decoder, args.learning_rate))]
+    groups = [group for group in groups if group['params']]
+    if args.optimizer == 'adamw':
+        return torch.optim.AdamW(groups, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
+    # Adafactor's own constants are for fp32: in bf16, eps hides the gradients' squares, slow averages round to a halt.
+    return torch.optim.Adafactor(groups, weight_decay=args.weight_decay, eps=(1e-15, 1e-3), beta2_decay=-0.5)
+
+
 def save_run(out, step, model, optimizer, config, best, source, write):
     """Write optimiser and weights under new names; the index, renamed last, makes them the run's. Drop the old ones.
     All processes call it, as shards must be put together; the one that is to `write` does. SystemExit if it cannot."""
@@ -204,17 +214,8 @@ def main(argv=None):
     tokenizer = tokenizer_of(args.model)
     if world > 1:
         dist.init_process_group('nccl' if on_cuda else 'gloo', timeout=timedelta(hours=3))      # rank 0 may prepare
-    data, length = args.data, 128 if args.model == 'tiny' else 1000
-    if not Path(data, 'meta.json').exists():                      # a source, to be prepared
-        lengths = args.context or length, args.continuation or length
-        data = 'corpora/' + '_'.join([re.sub(r'\W+', '_', data), tokenizer.name, *map(str, lengths)])
-        if not Path(data).exists():
-            if rank == 0:
-                prepare(args.data, data, tokenizer, *lengths)
-        elif (source := read_json(Path(data, 'meta.json'))['source']) != args.data:
-            raise SystemExit(f'{data}: made from {source}; prepare {args.data} by data.py, under another name')
-        elif rank == 0:
-            print(f'{data}: made before; delete it if {args.data} is no longer the same')
+    length = 128 if args.model == 'tiny' else 1000
+    data = corpus_of(args.data, tokenizer, args.context or length, args.continuation or length, prepares=rank == 0)
     if world > 1:
         dist.barrier()                                            # until rank 0 has prepared it
     meta = open_corpus(data, tokenizer, args.context, args.continuation)
@@ -243,13 +244,7 @@ def main(argv=None):
         register_fsdp_forward_method(model, 'generate')
     pretrained_vision = args.regime == 'vision' and config['run']['pretrained_encoder']
     encoder_lr = args.encoder_lr if args.encoder_lr is not None else 1e-5 if pretrained_vision else args.learning_rate
-    groups = [{'params': [p for p in part.parameters() if p.requires_grad], 'peak_lr': rate}
-              for part, rate in ((model.encoder, encoder_lr), (model.decoder, args.learning_rate))]
-    groups = [group for group in groups if group['params']]
-    # Adafactor's own constants are for fp32: in bf16, eps hides the gradients' squares, slow averages round to a halt.
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True) \
-        if args.optimizer == 'adamw' else torch.optim.Adafactor(groups, weight_decay=args.weight_decay,
-                                                                eps=(1e-15, 1e-3), beta2_decay=-0.5)
+    optimizer = make_optimizer(model, encoder_lr, args)
     start, best = restore(out, model, optimizer) if args.resume else (0, math.inf)
     if start >= args.steps:
         return print(f'{out}: has its {start} steps; --steps sets more')

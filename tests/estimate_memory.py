@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from encoders import ENCODERS, settings_of                    # noqa: E402
 from load_deepseek import load                                # noqa: E402
-from train import flags                                       # noqa: E402
+from train import flags, make_optimizer                       # noqa: E402
 
 
 class Storages(TorchDispatchMode):
@@ -101,8 +101,7 @@ def main():
     with FakeTensorMode():
         hollow(model)
         batch = hollow_batch(args.batch_size, args.context, args.continuation, getattr(model.encoder, 'image_size', 0))
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.Adafactor(trained) if args.optimizer == 'adafactor' else torch.optim.AdamW(trained, fused=True)
+        optimizer = make_optimizer(model, args.learning_rate, args)
         peak = estimate(model, optimizer, batch, min(args.gradient_accumulation_steps, 2))
     print(f'{peak / 1e9:.1f} GB  {" ".join(sys.argv[1:])}')
 
