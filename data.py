@@ -139,7 +139,8 @@ def fingerprint(tokenizer):
 
 def prepare(source, out, tokenizer, context, continuation, train_segments=None, val_segments=None, field=None):
     """Make the folder `out`, which has that name only once all is done. Without numbers of segments: all there are, a
-    tenth for validation. Raises SystemExit when the source is missing or too short, or `out` cannot be written."""
+    tenth for validation, as near as whole documents come to it. Raises SystemExit when the source is missing or too
+    short, or `out` cannot be written."""
     out, length, counts = Path(out), context + continuation, Counter(train=0, val=0)
     dtype = 'uint16' if tokenizer.n_vocab <= 2 ** 16 else 'uint32'
     if train_segments and not val_segments:
@@ -182,7 +183,7 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
 
 def corpus_of(source, tokenizer, context, continuation, prepares=True):
     """The folder of a source's segments: the source itself if data.py made it, else one under corpora/. If that is not
-    there yet, a process that `prepares` makes it. Raises SystemExit as prepare() does, and if it is another source's."""
+    there yet, a process that `prepares` makes it. Raises SystemExit as prepare() does, and if another source has it."""
     if Path(source, 'meta.json').exists():
         return source
     name = '_'.join([re.sub(r'\W+', '_', source), tokenizer.name, str(context), str(continuation)])

@@ -204,7 +204,7 @@ def main(argv=None):
         torch.cuda.set_device(device)
     if args.optimizer == 'adafactor' and fsdp:
         raise SystemExit('--optimizer adafactor: does not work on the shards of --fsdp')
-    if (out / 'config.json').exists() and not args.resume:
+    if not args.resume and any((out / f'model.safetensors{end}').exists() for end in ('', '.index.json')):
         raise SystemExit(f'{out}: holds a run; --resume goes on with it, --output_dir puts this one elsewhere')
     if G % world:
         raise SystemExit(f'--gradient_accumulation_steps {G}: not a multiple of {world} processes')
