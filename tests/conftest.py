@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 from pathlib import Path
 
 os.environ['HF_HUB_OFFLINE'] = '1'                           # no test may wait for a network
@@ -10,6 +11,7 @@ os.environ['OMP_NUM_THREADS'] = '1'                          # several threads c
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -17,6 +19,8 @@ sys.path.insert(0, str(ROOT))
 from decoder import Autoencoder, Decoder, DecoderConfig      # noqa: E402
 from encoders import ENCODERS, VisionConfig                   # noqa: E402
 from load_deepseek import released_tensors                    # noqa: E402
+
+tqdm.set_lock(threading.RLock())                             # its own is shared with forks, and a killed one would keep it for ever
 
 GOLDENS = Path(__file__).parent / 'goldens'
 WEIGHTS = ('model.', 'lm_head.', 'conv1d_residual_', 'meanpool_')
