@@ -115,8 +115,8 @@ def parse_args(argv=None):
     if run and parser.parse_args(argv).regime == run['regime']:       # the settings are those of the run's own encoder
         parser.set_defaults(**run['settings'])
     args = parser.parse_args(argv)
-    same = ['regime', 'objective', 'hybrid_text_tokens', 'context', 'continuation', *run.get('settings', [])]
-    for name in same if args.resume else []:
+    same = 'regime', 'objective', 'hybrid_text_tokens', 'context', 'continuation'
+    for name in [*same, *run['settings']] if args.resume else []:
         if getattr(args, name) != (was := {**run['args'], **run['settings']}[name]):
             raise SystemExit(f'--{name} {getattr(args, name)}: the run to --resume has {was}')
     args.model, args.output_dir = model, model if args.resume else folder(args)
