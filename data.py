@@ -182,8 +182,9 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
 
 
 def corpus_of(source, tokenizer, context, continuation, prepares=True):
-    """The folder of a source's segments: the source itself if data.py made it, else one under corpora/. If that is not
-    there yet, a process that `prepares` makes it. Raises SystemExit as prepare() does, and if another source has it."""
+    """The folder of a source's segments: the source itself if data.py made it, else one under corpora/ for so many
+    context and continuation tokens. If that is not there yet, a process that `prepares` makes it. Raises SystemExit as
+    prepare() does, and if the folder was made from another source."""
     if Path(source, 'meta.json').exists():
         return source
     name = '_'.join([re.sub(r'\W+', '_', source), tokenizer.name, str(context), str(continuation)])

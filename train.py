@@ -50,8 +50,8 @@ def flags():
 
     def flag(name, kind, default, text, **options):
         text += '' if default is None or kind is bool else f' (default {default})'
-        switch, value = {'action': argparse.BooleanOptionalAction}, {'type': kind, 'metavar': kind.__name__}
-        options = options or (switch if kind is bool else value)
+        switch = {'action': argparse.BooleanOptionalAction}
+        options = options or (switch if kind is bool else {'type': kind, 'metavar': kind.__name__})
         group.add_argument(f'--{name}', default=default, help=text, **options)
 
     group = parser.add_argument_group('what to train')
@@ -204,7 +204,7 @@ def main(argv=None):
         torch.cuda.set_device(device)
     if args.optimizer == 'adafactor' and fsdp:
         raise SystemExit('--optimizer adafactor: does not work on the shards of --fsdp')
-    if not args.resume and any((out / f'model.safetensors{end}').exists() for end in ('', '.index.json')):
+    if (out / 'config.json').exists() and not args.resume:
         raise SystemExit(f'{out}: holds a run; --resume goes on with it, --output_dir puts this one elsewhere')
     if G % world:
         raise SystemExit(f'--gradient_accumulation_steps {G}: not a multiple of {world} processes')
@@ -277,7 +277,7 @@ def main(argv=None):
     card_tflops = next((tflops for name, tflops in CARD_TFLOPS.items() if name in card), None)
     for step in range(start + 1, args.steps + 1):
         model.train()
-        torch.manual_seed(args.seed + world * step + rank)            # for an encoder that draws numbers
+        torch.manual_seed(args.seed + world * step + rank)        # what an encoder draws, too, follows from the step
         for group in optimizer.param_groups:
             group['lr'] = group['peak_lr'] * learning_rate_scale(step - 1, args.steps, args.warmup_ratio)
         loss = 0.0

@@ -64,9 +64,10 @@ def hollow_batch(size, context, continuation, side):
 
 
 def train_step(model, optimizer, batch, micro_batches, dtype=torch.bfloat16):
-    """What a step of train.py does with the tensors of a model on the CPU."""
+    """What a step of train.py does, with the same batch for each micro-batch; dtype: autocast's, None is none."""
+    device = next(iter(batch.values())).device.type
     for _ in range(micro_batches):
-        with torch.autocast('cpu', dtype=dtype, enabled=dtype is not None):
+        with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
             losses, _, balance_loss = model(batch)
         (losses.mean() + balance_loss).backward()
         del losses, balance_loss

@@ -6,6 +6,7 @@ import torch
 from conftest import golden_image, golden_model
 from decoder import OBJECTIVES, grouped_linear
 from encoders import ENCODERS
+from estimate_memory import train_step
 from eval import autocast, to_device
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA here')
@@ -75,12 +76,6 @@ def test_no_step_waits_for_the_device(weights):
     for mode in ('default', 'error'):                         # the first time, kernels are loaded
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            with autocast(DEVICE):
-                losses, _, balance_loss = model(data)
-            (losses.mean() + balance_loss).backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.found_inf = (~torch.isfinite(norm)).float()
-            optimizer.step()
-            optimizer.zero_grad()
+            train_step(model, optimizer, data, micro_batches=1)
         finally:
             torch.cuda.set_sync_debug_mode('default')

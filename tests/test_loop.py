@@ -177,8 +177,8 @@ def test_a_signal_to_the_workers_too(corpus, tmp_path):
     def group():
         os.setpgrp()
         train.main([*FLAGS[:-1], '1', '--data', corpus, '--steps', '100000', '--output_dir', str(tmp_path / 'a')])
-    process, until = fork(group), time.time() + 60
-    while not (tmp_path / 'a' / 'log.jsonl').exists() or not read(tmp_path / 'a') and time.time() < until:
+    process, until, log = fork(group), time.time() + 60, tmp_path / 'a' / 'log.jsonl'
+    while not (log.exists() and log.stat().st_size) and time.time() < until:                   # until the first step is told
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)
     process.join(60)
