@@ -1,27 +1,25 @@
 """
-Documents to segments on disk, once; segments to batches, as they are needed.
+Documents to token segments on disk, once; segments to batches, as they are needed.
 
     python data.py SOURCE --out DIR --model deepseek-ai/DeepSeek-OCR --context 1000 --continuation 1000
-    SOURCE: finewiki | pydoc | stdlib | a file or folder of .txt .md .py .jsonl .parquet, the text kinds also .xz
+    SOURCE: finewiki | pydoc | a file or folder of .txt .md .py .jsonl .parquet
 
     DIR/train.bin, val.bin     token ids, uint16 or uint32, one segment of context + continuation tokens after another
-    DIR/meta.json              what they were made from and with, and what was left out
+    DIR/meta.json              the source, the tokenizer, the lengths, and counts of what was used and left out
 
-A document gives as many segments as it has whole ones, without overlap, all to the same side of the split. Pages are
-drawn when a batch is made: 510,000 segments of 2,000 tokens are 4.1 GB, and 828 GB of PNGs are never stored.
+A document is cut into segments without overlap, and all of them go to the same side of the split. Pages are drawn when
+a batch is made: 510,000 segments of 2,000 tokens take 4.1 GB, where 828 GB of PNGs would have to be stored.
 """
 import argparse
 import hashlib
 import json
-import lzma
 import math
 import re
 import signal
-import sysconfig
 import tempfile
 from collections import Counter
 from functools import lru_cache
-from multiprocessing.pool import ThreadPool
+from itertools import chain, islice
 from pathlib import Path
 
 import huggingface_hub
@@ -29,118 +27,94 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from load_deepseek import optional, read_json, tokenizer_of, writing
-from render import render_page
+from load_deepseek import read_json, tokenizer_of
+from render import explain, read_text, render_page, run_main
 
-KINDS = re.compile(r'\.parquet$|\.(jsonl|txt|md|py)(\.xz)?$')
-# A piece of a text, cut behind a line end where there is one: millions of characters alike, given to the tokenizer at
-# once, would overflow its stack.
+KINDS = {'.txt', '.md', '.py', '.jsonl', '.parquet'}
+# Pieces of a text, cut after a line end where there is one: a tokenizer overflows its stack on a million equal letters.
 PIECE = re.compile(r'(?s).{1,100000}(?:(?<=\n)|\Z)|.{1,100000}')
 
-
 def find_files(source):
-    """The files of a source, in a fixed order; those of the hub only as they are asked for. Raises SystemExit."""
+    """Yield the files of a source in a fixed order; those of the hub are downloaded one by one. Raises ValueError."""
     if source == 'finewiki':
-        repo = {'repo_id': 'HuggingFaceFW/finewiki', 'repo_type': 'dataset'}
-        try:
-            for name in sorted(huggingface_hub.HfApi().list_repo_files(**repo)):
+        hub = {'repo_id': 'HuggingFaceFW/finewiki', 'repo_type': 'dataset'}
+        with explain('finewiki: not found on the hub'):
+            for name in sorted(huggingface_hub.HfApi().list_repo_files(**hub)):
                 if 'enwiki' in name and name.endswith('.parquet'):
-                    yield Path(huggingface_hub.hf_hub_download(filename=name, **repo))
-            return
-        except Exception as e:                 # the hub's client raises whatever its transport does
-            raise SystemExit(f'finewiki: not to be had from the data hub ({type(e).__name__})')
-    root = Path(sysconfig.get_paths()['stdlib'] if source == 'stdlib' else source)
-    files = [path for path in ([root] if root.is_file() else sorted(root.rglob('*')))
-             if KINDS.search(path.name) and path.is_file()]
-    if source == 'stdlib':
-        files = [path for path in files if path.suffix == '.py' and 'site-packages' not in path.parts]
-    if not files:
-        raise SystemExit(f'{source}: nothing to read; give finewiki, pydoc, stdlib, or a file or folder of text')
-    yield from files
-
-
-def records(path, counts, alone):
-    """The records of a file, in order: dicts if all is well, {'text': ...} for what is only text. A text file that is
-    `alone` is cut into ten documents or more, so that there are two sides. `counts` gets what cannot be read."""
-    if path.suffix == '.parquet':
-        for batch in optional('pyarrow.parquet').ParquetFile(path).iter_batches(batch_size=256):
-            yield from batch.to_pylist()
+                    yield Path(huggingface_hub.hf_hub_download(filename=name, **hub))
         return
-    with (lzma.open if path.suffix == '.xz' else open)(path, 'rb') as f:
-        if '.jsonl' in path.suffixes:
-            for line in f:
+    root = Path(source)
+    paths = [path for path in [root, *sorted(root.rglob('*'))] if path.suffix in KINDS and path.is_file()]
+    if not paths:
+        raise ValueError(f'{source}: ' + (f'no {" ".join(sorted(KINDS))} files' if root.exists() else 'does not exist'))
+    yield from paths
+
+def records(path, field, lone, skip):
+    """Yield the records of a file as dicts. A text file is one with "text"; the `lone` one is cut into ten or more, so
+    that the split has two sides. skip(where, why) is called for what cannot be read. Raises ValueError."""
+    if path.suffix == '.parquet':
+        import pyarrow.parquet
+        with explain(f'{path}: cannot be read'):
+            file = pyarrow.parquet.ParquetFile(path)
+            names = [f.name for f in file.schema_arrow if re.match('(large_)?string|dict.*=string', str(f.type))]
+            names = [name for name in (field, 'text') if name in names][:1] or names    # other columns may be images
+            for batch in file.iter_batches(batch_size=256, columns=names):
+                yield from batch.to_pylist()
+    elif path.suffix == '.jsonl':
+        with open(path, 'rb') as file:
+            for number, line in enumerate((line for line in file if line.strip()), 1):
                 try:
-                    yield json.loads(line.decode('utf-8', errors='replace'))
-                except (ValueError, RecursionError):
-                    counts['lines that are not JSON' if line.strip() else 'empty lines'] += 1
-        elif b'\0' in (raw := f.read())[:8192]:
-            counts['binary files'] += 1
-        else:
-            text = raw.decode('utf-8', errors='replace')
-            size = min(100_000, len(text) // 10 + 1) if alone else len(text) + 1
-            yield from ({'text': text[i:i + size]} for i in range(0, len(text), size))
+                    record = json.loads(line.decode('utf-8-sig'))
+                    yield record if isinstance(record, dict) else {}
+                except (ValueError, RecursionError) as e:
+                    skip(f'{path}, record {number}', 'not UTF-8' if isinstance(e, UnicodeDecodeError) else 'not JSON')
+    else:
+        try:
+            text = read_text(path)
+        except ValueError:
+            return skip(path, 'not UTF-8')
+        size = min(100_000, len(text) // 10 + 1) if lone else len(text) + 1
+        yield from ({'text': text[i:i + size]} for i in range(0, len(text), size))
 
-
-def documents(source, field, counts):
-    """The texts of a source, in order. The text of a record is its `field`: by default "text", or the one that is the
-    longest in the file's first record. Raises SystemExit for a damaged file."""
+def documents(source, field, skip):
+    """Yield (text, name of its field) for the documents of a source. The field is `field`, or "text", or the one with
+    most text in the first hundred records of the file. skip: see records()."""
     if source == 'pydoc':
         from pydoc_data.topics import topics
-        yield from (topics[name] for name in sorted(topics))
+        yield from ((topics[name], 'text') for name in sorted(topics))
         return
     for path in find_files(source):
-        name = field
-        try:
-            for record in records(path, counts, alone=path == Path(source)):
-                texts = {k: v for k, v in record.items() if isinstance(v, str)} if isinstance(record, dict) else {}
-                name = name or ('text' if 'text' in texts else max(texts, key=lambda k: len(texts[k]), default=None))
-                counts[f'records without {name or "text"}'] += name not in texts
-                yield texts.get(name, '')
-        except (OSError, EOFError, ValueError, lzma.LZMAError) as e:
-            raise SystemExit(f'{path}: cannot be read ({e})')
-
+        rows = records(path, field, path == Path(source), skip)
+        head, lengths = list(islice(rows, 100)), Counter()
+        for row in head:
+            lengths.update({name: len(value) for name, value in row.items() if isinstance(value, str)})
+        name = field or ('text' if lengths['text'] else max(lengths, key=lengths.get, default='text'))
+        for number, row in enumerate(chain(head, rows), 1):
+            if isinstance(row.get(name), str):
+                yield row[name], name
+            else:
+                skip(f'{path}, record {number}', f'without {name}')
 
 @lru_cache
 def bytes_without_token(tokenizer):
-    """A vocabulary need not have all bytes; tiktoken panics at what it cannot spell."""
+    """The bytes that a vocabulary lacks; tiktoken crashes on them."""
     return bytes(set(range(256)) - {token[0] for token in tokenizer.token_byte_values() if len(token) == 1})
 
-
 def encode(tokenizer, text):
-    """Text to token ids (n,) uint32. What UTF-8 cannot hold (a lone surrogate) becomes '?'. Raises ValueError."""
+    """Text to token ids (n,) uint32. A lone surrogate, which UTF-8 cannot hold, becomes '?'. Raises ValueError."""
     raw = text.encode('utf-8', errors='replace')
-    lacking = bytes_without_token(tokenizer)
-    if len(raw.translate(None, lacking)) < len(raw):
-        raise ValueError(f'a text has bytes that the tokenizer {tokenizer.name} has no token for, some of {lacking}')
+    if len(raw.translate(None, bytes_without_token(tokenizer))) < len(raw):
+        raise ValueError(f'a text has bytes that tokenizer {tokenizer.name} has no token for')
     pieces = PIECE.findall(raw.decode('utf-8')) or ['']
     return np.concatenate([tokenizer.encode_to_numpy(piece, disallowed_special=()) for piece in pieces])
 
-
-def encode_all(tokenizer, texts):
-    """(text, its ids) of each text, in order, tokenised on all cores, a few million characters ahead."""
-    with ThreadPool() as pool:
-        while True:
-            batch, room = [], 2_000_000
-            while room > 0 and (text := next(texts, None)) is not None:
-                batch.append(text)
-                room -= len(text)
-            if not batch:
-                return
-            try:
-                yield from zip(batch, pool.map(lambda text: encode(tokenizer, text), batch))
-            except ValueError as e:
-                raise SystemExit(str(e))
-
-
 def fingerprint(tokenizer):
-    """Tells tokenizers apart: the name and a hash of all tokens."""
+    """Identifies a tokenizer: its name and a hash of all its tokens."""
     return f'{tokenizer.name} {hashlib.sha256(b" ".join(tokenizer.token_byte_values())).hexdigest()[:16]}'
 
-
 def prepare(source, out, tokenizer, context, continuation, train_segments=None, val_segments=None, field=None):
-    """Make the folder `out`, which has that name only once all is done. Without numbers of segments: all there are, a
-    tenth for validation, as near as whole documents come to it. Raises SystemExit when the source is missing or too
-    short, or `out` cannot be written."""
+    """Make the corpus folder `out`, which gets its name only when it is complete. Without numbers of segments it has
+    all there are, a tenth for validation, as nearly as whole documents allow. Raises ValueError or OSError."""
     out, length, counts = Path(out), context + continuation, Counter(train=0, val=0)
     dtype = 'uint16' if tokenizer.n_vocab <= 2 ** 16 else 'uint32'
     if train_segments and not val_segments:
@@ -148,76 +122,75 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
     limit = {'train': train_segments or math.inf, 'val': val_segments or math.inf}
     wanted = sum(limit.values())
     share = limit['val'] / wanted if wanted < math.inf else 0.1
-    for left in out.parent.glob(f'{out.name}.tmp*'):
-        print(f'{left}: another preparation is under way, or was cut short and left this; starting afresh')
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-    with writing(out), tempfile.TemporaryDirectory(prefix=f'{out.name}.tmp', dir=out.parent) as temporary:
-        folder = Path(temporary, out.name)
+
+    def skip(where, why):
+        counts[f'left out, {why}'] += 1
+        if counts[f'left out, {why}'] == 1:
+            tqdm.write(f'{where}: left out, {why}; any more are counted')
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'{out.name}.tmp', dir=out.parent) as temporary:
+        folder = Path(temporary, 'corpus')
         folder.mkdir()
-        with open(folder / 'train.bin', 'wb') as train, open(folder / 'val.bin', 'wb') as val, \
-                tqdm(desc=str(source), total=wanted, unit=' segments') as bar:      # a total of inf: no time left
-            for text, ids in encode_all(tokenizer, documents(source, field, counts)):
-                # A document goes to validation whenever that has less than its share.
-                short = counts['val'] < limit['val'] and counts['val'] < share * (counts['train'] + counts['val'])
+        with open(folder / 'train.bin', 'wb') as train, open(folder / 'val.bin', 'wb') as val:
+            for text, name in tqdm(documents(source, field, skip), desc=str(source), unit=' documents'):
+                ids, done = encode(tokenizer, text), counts['train'] + counts['val']
+                # A document goes to validation whenever that side has less than its share.
+                short = counts['val'] < min(limit['val'], share * done)
                 side = 'val' if short or counts['train'] >= limit['train'] else 'train'
                 n = int(min(len(ids) // length, limit[side] - counts[side]))
                 (val if side == 'val' else train).write(ids[:n * length].astype(dtype).tobytes())
-                counts.update({side: n, 'documents': 1, 'characters': len(text), 'documents too short':
-                               len(ids) < length, 'tokens left over': len(ids) - n * length})
-                rate = counts['characters'] / 1e6 / (bar.format_dict['elapsed'] + 1e-9)
-                bar.set_postfix(documents=counts['documents'], MB_per_s=rate, refresh=False)
-                bar.update(n)
-                if counts['train'] + counts['val'] == wanted:
+                name = 'documents' if name == 'text' else f'documents from the field {name}'
+                counts.update({side: n, name: 1, 'documents too short': len(ids) < length})
+                if done + n == wanted:
                     break
-        told = ', '.join(f'{value:,} {key}' for key, value in counts.items())
+        report = ', '.join(f'{value:,} {key}' for key, value in counts.items())
         if not counts['train'] or not counts['val']:
-            raise SystemExit(f'{source}: too short: both sides need a segment of {length} tokens; it gave {told}')
+            raise ValueError(f'{source}: too short for a segment of {length} tokens on both sides; found {report}')
         meta = {'source': str(source), 'tokenizer': fingerprint(tokenizer), 'context': context,
                 'continuation': continuation, 'dtype': dtype, **counts}
         (folder / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
         if not out.exists():                   # unless another process was faster, with the same result
             folder.replace(out)
-    print(f'{out}: {told}')
+    print(f'{out}: {report}')
 
-
-def corpus_of(source, tokenizer, context, continuation, prepares=True):
-    """The folder of a source's segments: the source itself if data.py made it, else one under corpora/ for so many
-    context and continuation tokens. If that is not there yet, a process that `prepares` makes it. Raises SystemExit as
-    prepare() does, and if the folder was made from another source."""
+def corpus_of(source, tokenizer, context, continuation):
+    """The corpus folder of a source: itself if data.py made it, else one under corpora/ for its files, as they are now,
+    the tokenizer and the lengths, which is made if it is not there. Raises ValueError or OSError."""
     if Path(source, 'meta.json').exists():
         return source
-    name = '_'.join([re.sub(r'\W+', '_', source), tokenizer.name, str(context), str(continuation)])
-    folder = Path('corpora', name)
-    if folder.exists() and (other := read_json(folder / 'meta.json')['source']) != source:
-        raise SystemExit(f'{folder}: made from {other}; prepare {source} by data.py, under another name')
-    if folder.exists() and prepares:
-        print(f'{folder}: made before; delete it if {source} is no longer the same')
-    elif prepares:
+    files = [] if source in ('finewiki', 'pydoc') else find_files(source)
+    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    key = json.dumps([files, fingerprint(tokenizer), context, continuation])
+    folder = Path('corpora', f'{Path(source).resolve().name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}')
+    if not folder.exists():
         prepare(source, folder, tokenizer, context, continuation)
     return str(folder)
 
-
 def open_corpus(folder, tokenizer, context=None, continuation=None):
-    """meta.json of a prepared corpus. Raises SystemExit with the reason when the corpus does not fit."""
+    """meta.json of a corpus folder. Raises ValueError if the corpus is damaged or made for something else."""
     meta = read_json(Path(folder, 'meta.json'))
     for name, value in (('tokenizer', fingerprint(tokenizer)), ('context', context), ('continuation', continuation)):
-        if value not in (None, meta[name]):
-            raise SystemExit(f'{folder}: made for {name} {meta[name]}, not {value}')
+        if value not in (None, meta.get(name)):
+            raise ValueError(f'{folder}: made for {name} {meta.get(name)}, not {value}')
     for side in ('train', 'val'):
         path, length = Path(folder, f'{side}.bin'), meta['context'] + meta['continuation']
         size = meta[side] * length * np.dtype(meta['dtype']).itemsize
         if not path.exists() or path.stat().st_size != size:
-            raise SystemExit(f'{path}: missing or damaged (should have {size} bytes)')
+            raise ValueError(f'{path}: missing or damaged (should have {size} bytes)')
     return meta
 
+def keep_running(_):
+    """In a worker: leave Ctrl-C and SIGTERM, which reach all processes of a run, to the run itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 class Batches(torch.utils.data.Dataset):
-    """Batch n of one side of a corpus, which is a function of the seed and n alone; item n is a whole batch.
+    """Batch n of one side of a corpus, a function of seed and n alone. Item n is a whole batch.
 
-    {'context': (B, T), 'continuation': (B, T)} token ids, int64; with an image_size 'image' (B, 3, S, S) uint8, each
-    context as a page, `page` being keywords of render_page. Training takes a new permutation of the segments each
-    epoch; validation is in order, ends, and with a limit takes segments evenly from the whole.
+    {'context': (B, T), 'continuation': (B, T)} token ids, int64. With an image_size also 'image' (B, 3, S, S) uint8,
+    each context as a page, and 'lost' (B,), the share of its characters that is not on the page; `page` are keywords of
+    render_page. Training takes a new permutation of the segments each epoch. Validation is in order and ends; with a
+    limit it takes segments evenly from the whole.
     """
 
     def __init__(self, folder, side, batch_size, tokenizer, image_size=None, seed=0, limit=None, **page):
@@ -225,69 +198,61 @@ class Batches(torch.utils.data.Dataset):
         self.tokenizer, self.image_size, self.page = tokenizer, image_size, page
         self.meta = open_corpus(folder, tokenizer)
         self.n = min(limit or self.meta[side], self.meta[side])
-        self.epoch = self.order = None
 
     def __len__(self):
         return -(-self.n // self.batch_size)
 
-    def segment(self, i):
-        """Which segment is the i-th of the endless row of epochs."""
+    def rows(self, n):
+        """The segments of batch n; in training, of the infinite sequence of epochs."""
+        i = np.arange(n * self.batch_size, (n + 1) * self.batch_size)
         if self.side == 'val':
-            return i * self.meta['val'] // self.n
-        if self.epoch != i // self.n:
-            self.epoch = i // self.n
-            self.order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n)
-        return self.order[i % self.n]
+            return i[i < self.n] * self.meta['val'] // self.n
+        orders = {epoch: np.random.default_rng((self.seed, epoch)).permutation(self.n) for epoch in set(i // self.n)}
+        return [orders[epoch][k] for epoch, k in zip(i // self.n, i % self.n)]
 
     def __getitem__(self, n):
-        T, first, end = self.meta['context'], n * self.batch_size, (n + 1) * self.batch_size
+        T = self.meta['context']
         tokens = np.memmap(self.folder / f'{self.side}.bin', self.meta['dtype'], 'r')
         tokens = tokens.reshape(-1, T + self.meta['continuation'])                           # (segments, tokens)
-        rows = [self.segment(i) for i in range(first, end if self.side == 'train' else min(end, self.n))]
-        ids = torch.from_numpy(tokens[rows].astype(np.int64))
+        ids = torch.from_numpy(tokens[self.rows(n)].astype(np.int64))
         batch = {'context': ids[:, :T].contiguous(), 'continuation': ids[:, T:].contiguous()}
         if self.image_size:
-            texts = map(self.tokenizer.decode, batch['context'].tolist())
-            pages = [np.asarray(render_page(text, self.image_size, **self.page)[0]) for text in texts]
-            batch['image'] = torch.from_numpy(np.stack(pages)).permute(0, 3, 1, 2).contiguous()
+            texts = [' '.join(self.tokenizer.decode(row).split()) for row in batch['context'].tolist()]
+            pages, _, _, lost = zip(*(render_page(text, self.image_size, **self.page) for text in texts))
+            pixels = torch.from_numpy(np.stack([np.asarray(page) for page in pages]))        # (B, S, S, 3)
+            batch['image'] = pixels.permute(0, 3, 1, 2).contiguous()
+            batch['lost'] = torch.tensor([n / max(len(text), 1) for n, text in zip(lost, texts)])
         return batch
 
+    def loader(self, order, workers):
+        """A DataLoader of the batches with the numbers in `order`."""
+        return torch.utils.data.DataLoader(self, batch_size=None, sampler=order, num_workers=workers,
+                                           pin_memory=torch.cuda.is_available(), worker_init_fn=keep_running)
 
-def outlive_sigterm(_):
-    """In a worker: the first SIGTERM, which torchrun sends to all processes of a run, is for the run to obey."""
-    signal.signal(signal.SIGTERM, lambda signum, _: signal.signal(signum, signal.SIG_DFL))
-
-
-def number(kind, least, most=math.inf):
-    """The type of a flag for argparse: a number of that kind, from `least` to `most`; another is a usage error."""
-    def parse(text):
-        if not least <= kind(text) <= most:
-            raise argparse.ArgumentTypeError(f'{text} is not from {least} to {most}')
-        return kind(text)
-    parse.__name__ = kind.__name__                                # as argparse calls it in its messages and help
-    return parse
-
-
-positive = number(int, 1)
-
+def check_numbers(args, may_be_0=''):
+    """Raises ValueError for a flag whose number is negative, or 0 if it is not among the names in `may_be_0`."""
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and (value < 0 or value == 0 and name not in may_be_0.split()):
+            raise ValueError(f'--{name} {value}: must be {"at least" if name in may_be_0.split() else "above"} 0')
 
 def main(argv=None):
-    """The command line: prepare() into a folder that must not exist yet. Raises SystemExit."""
-    parser = argparse.ArgumentParser(description='Tokenise documents to segments on disk.')
-    parser.add_argument('source', help='finewiki, pydoc, stdlib, or a file or folder')
-    parser.add_argument('--out', required=True, help='folder to make')
-    parser.add_argument('--model', default='tiny', help='whose tokenizer: a hub id or folder; tiny: bytes (default)')
-    parser.add_argument('--context', type=positive, default=1000, help='context tokens a segment (default 1000)')
-    parser.add_argument('--continuation', type=positive, default=1000, help='tokens that follow it (default 1000)')
-    parser.add_argument('--train_segments', type=positive, help='at most this many (default: all; the paper: 500000)')
-    parser.add_argument('--val_segments', type=positive, help='at most this many (default: a tenth; the paper: 10000)')
-    parser.add_argument('--field', help='which of a record is the text (default: text, or the longest in the first)')
+    """The command line: prepare() into a folder that does not exist yet."""
+    parser = argparse.ArgumentParser(description='Tokenise documents to segments on disk.', allow_abbrev=False)
+    add = parser.add_argument
+    add('source', help='finewiki, pydoc, or a file or folder of .txt .md .py .jsonl .parquet')
+    add('--out', required=True, help='folder to make')
+    add('--model', default='tiny', help='whose tokenizer: a hub id or folder; tiny: bytes (default)')
+    add('--context', type=int, default=1000, help='context tokens in a segment (default 1000)')
+    add('--continuation', type=int, default=1000, help='tokens that follow it (default 1000)')
+    add('--train_segments', type=int, help='at most this many (default: all; the paper: 500000)')
+    add('--val_segments', type=int, help='at most this many (default: a tenth; the paper: 10000)')
+    add('--field', help='the field of a record with its text (default: text, or the one with most text)')
     args = parser.parse_args(argv)
+    check_numbers(args)
     if Path(args.out).exists():
-        raise SystemExit(f'{args.out}: exists already')
+        raise ValueError(f'{args.out}: exists already')
     args.tokenizer = tokenizer_of(vars(args).pop('model'))
     prepare(**vars(args))
 
-
 if __name__ == '__main__':
-    main()
+    run_main(main)

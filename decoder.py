@@ -7,9 +7,9 @@ The decoder: memory and text to next-token probabilities. DeepSeek-OCR's languag
     x = x + attention(norm(x))          12 layers; the first has a dense MLP, the others a mixture of experts:
     x = x + mlp(norm(x))                shared(x) + sum over the 6 likeliest of 64 experts of p_e(x) * expert_e(x)
 
-Shapes: B batch, T positions, D width, H heads, d head width, V vocabulary, E experts, k experts a token, M memory
-vectors, K hybrid tokens. Follows modeling_deepseekv2.py of deepseek-ai/DeepSeek-OCR as its config.json sets it: plain
-attention, no MLA.
+Shapes: B batch, T positions, D width, H heads, d head width, V vocabulary, E experts, k experts per token, M memory
+vectors, K hybrid tokens. Follows modeling_deepseekv2.py of deepseek-ai/DeepSeek-OCR with the settings of its
+config.json, which make the attention plain multi-head attention, not MLA.
 """
 from dataclasses import dataclass
 from functools import partial
@@ -19,12 +19,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-OBJECTIVES = {'reconstruction': 'context', 'lm': 'continuation'}     # an objective is a choice of target, nothing else
-
+OBJECTIVES = {'reconstruction': 'context', 'lm': 'continuation'}     # an objective is a choice of target, nothing more
 
 @dataclass
 class DecoderConfig:
-    """Sizes under the names of the released config.json; the defaults are DeepSeek-OCR's."""
+    """Sizes, named as in the released config.json. The defaults are DeepSeek-OCR's."""
     vocab_size: int = 129280
     hidden_size: int = 1280
     intermediate_size: int = 6848           # of the dense MLP
@@ -33,37 +32,24 @@ class DecoderConfig:
     num_attention_heads: int = 10
     num_key_value_heads: int = 10
     n_routed_experts: int = 64
-    n_shared_experts: int = 2               # one MLP, as wide as this many experts
+    n_shared_experts: int = 2               # a single MLP as wide as this many experts
     num_experts_per_tok: int = 6
-    first_k_dense_replace: int = 1          # this many layers at the bottom are dense
-    aux_loss_alpha: float = 0.001           # weight of the balance loss
+    first_k_dense_replace: int = 1          # the first layers, which are dense
+    aux_loss_alpha: float = 0.001           # weight of the load-balancing loss
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    tie_word_embeddings: bool = False       # the embedding is the output matrix too
+    tie_word_embeddings: bool = False       # use the embedding as the output matrix
     bos_token_id: int = 0
-    eos_token_id: int = 1
+    eos_token_id: int = 1                   # or a list of ids, each of which ends a text
     vision: object = None                   # encoders.VisionConfig
 
-
-class RMSNorm(nn.Module):
-    """weight * x / sqrt(mean(x^2) + eps), the norm in fp32."""
-
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
-
-    def forward(self, x):
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x)
-
-
 def rotate(x, cos, sin):
-    """Turn channels i and i + d/2 of x (B, H, T, d): Llama's half-split pairs, not the interleaved ones of Su et al."""
+    """Rotate channels i and i + d/2 of x (B, H, T, d): half-split pairs as in Llama, not interleaved as in RoFormer."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
-
 class Attention(nn.Module):
-    """o(softmax(q k / sqrt(d)) v), causal, with q and k rotated by their positions: (B, T, D) -> (B, T, D)."""
+    """o(softmax(q k / sqrt(d)) v), causal, with q and k rotated by position: (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -81,10 +67,9 @@ class Attention(nn.Module):
             if self.layer in cache:
                 k, v = (torch.cat(pair, dim=2) for pair in zip(cache[self.layer], (k, v)))
             cache[self.layer] = k, v
-        # A single new token may look at everything before it; more than one come only when the cache is empty.
+        # A single new token attends to everything before it. Several at once come only while the cache is empty.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=x.shape[1] > 1, enable_gqa=k.shape[1] != q.shape[1])
         return self.o_proj(y.transpose(1, 2).flatten(2))
-
 
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x))"""
@@ -98,13 +83,12 @@ class MLP(nn.Module):
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
-
 def grouped_linear(x, weight, ends):
-    """Rows times their experts' matrices: x (rows, in) sorted by expert, weight (E, out, in) -> (rows, out).
+    """Each row times its expert's matrix: x (rows, in) sorted by expert, weight (E, out, in) -> (rows, out).
 
-    The rows of expert e end at `ends[e]`, (E,) int32. One kernel does all experts, on Hopper cards and later without
-    telling the host how many rows each has (torch itself loops on older ones); it takes bf16 (on the CPU fp32 too) and
-    rows of whole 16 bytes. Anything else goes through the loop here.
+    The rows of expert e end before `ends[e]`, (E,) int32. torch's kernel handles all experts at once, without a
+    GPU-to-CPU sync on Hopper and later. It takes bf16 (on the CPU also fp32) and rows of a multiple of 16 bytes;
+    everything else goes through the loop.
     """
     dtypes = {'cuda': [torch.bfloat16], 'cpu': [torch.bfloat16, torch.float32]}.get(x.device.type, [])
     if x.dtype in dtypes and all(width * x.element_size() % 16 == 0 for width in weight.shape[1:]):
@@ -112,11 +96,10 @@ def grouped_linear(x, weight, ends):
     bounds = [0] + ends.tolist()
     return torch.cat([x[a:b] @ w.T for a, b, w in zip(bounds, bounds[1:], weight)])
 
-
 class MoE(nn.Module):
     """shared(x) + sum over the top k of p_e * expert_e(x); p = softmax(router(x)) in fp32, not renormalised over the k.
 
-    The balance loss of a sequence is alpha * sum_e (share of choices that went to e, times E) * (mean of p_e).
+    The load-balancing loss of a sequence is alpha * sum_e (E * share of the choices that went to e) * (mean of p_e).
     """
 
     def __init__(self, config):
@@ -138,31 +121,29 @@ class MoE(nn.Module):
         (B, T, D), k = x.shape, self.top_k
         probs, top_p, top_e = self.route(x)
         E = probs.shape[-1]
-        # The choices of a sequence that fell on each expert; no gradient here, it flows through the probabilities only.
-        ones = torch.ones(B, T * k, device=x.device)
-        count = torch.zeros(B, E, device=x.device).scatter_add(1, top_e.flatten(1), ones)
+        count = torch.zeros_like(probs).scatter(2, top_e, 1.0).sum(dim=1)     # (B, E) tokens that chose each expert
         balance_loss = self.alpha * (count * (E / (T * k)) * probs.mean(dim=1)).sum(dim=1).mean()
 
         # Autocast does not reach the grouped kernel, so cast here.
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         gate, up, down = (self.experts[name].to(dtype) for name in ('gate_proj', 'up_proj', 'down_proj'))
-        order = top_e.flatten().argsort(stable=True)                          # the B*T*k choices, sorted by expert
-        ends = count.sum(dim=0).cumsum(dim=0).to(torch.int32)
-        rows = x.to(dtype).flatten(0, 1).index_select(0, order // k)          # (B*T*k, D): a token once for each choice
-        rows = F.silu(grouped_linear(rows, gate, ends)) * grouped_linear(rows, up, ends)
-        rows = grouped_linear(rows, down, ends).index_select(0, order.argsort()).view(B, T, k, D)
-        y = (rows * top_p[..., None]).sum(dim=2)                              # in fp32, because the probabilities are
+        order = top_e.flatten().argsort(stable=True)                          # (BTk,) the choices, sorted by expert
+        ends = count.sum(dim=0).cumsum(dim=0).to(torch.int32)                 # (E,)
+        tokens = x.to(dtype).flatten(0, 1).index_select(0, order // k)        # (BTk, D) each token repeated k times
+        hidden = F.silu(grouped_linear(tokens, gate, ends)) * grouped_linear(tokens, up, ends)
+        outputs = grouped_linear(hidden, down, ends)                          # (BTk, D)
+        outputs = outputs.index_select(0, order.argsort()).view(B, T, k, D)   # in the tokens' order again
+        y = (outputs * top_p[..., None]).sum(dim=2)                           # (B, T, D) in fp32, as top_p is fp32
         return self.shared_experts(x) + y.type_as(x), balance_loss
 
-
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): (B, T, D) -> (B, T, D) and the layer's balance loss."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): (B, T, D) -> (B, T, D) and its load-balancing loss."""
 
     def __init__(self, config, layer):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         dense = layer < config.first_k_dense_replace or config.n_routed_experts == 0
         self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
 
@@ -172,16 +153,15 @@ class Block(nn.Module):
         y, balance_loss = y if isinstance(self.mlp, MoE) else (y, 0.0)
         return x + y, balance_loss
 
-
 class Decoder(nn.Module):
-    """Embeddings (B, T, D) to hidden states (B, T, D); and the two ends of that, embed_tokens before, lm_head after."""
+    """Embeddings (B, T, D) to hidden states (B, T, D), with embed_tokens before and lm_head after."""
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.grad_checkpoint = config, False         # True: compute a block's activations twice, keep none
+        self.config, self.grad_checkpoint = config, False         # True: recompute a block's activations in backward
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for p in self.parameters():
@@ -189,10 +169,10 @@ class Decoder(nn.Module):
                 nn.init.normal_(p, std=0.02 * (1280 / config.hidden_size) ** 0.5)         # 0.02 at DeepSeek-OCR's width
 
     def forward(self, x, cache=None):
-        """x (B, T, D) -> hidden states after the last norm (B, T, D), and the sum of the layers' balance losses.
+        """x (B, T, D) -> hidden states after the final norm (B, T, D), and the sum of the load-balancing losses.
 
-        A cache is a dict, at first empty, that gets each layer's keys and values (B, H, T, d). x holds the positions
-        that follow those in it: any number when it is empty, then one at a time.
+        cache: a dict, empty at first, to which each layer's keys and values (B, H, T, d) are added. x holds the
+        positions that follow those in the cache: any number while it is empty, then one at a time.
         """
         start = cache[0][0].shape[2] if cache else 0
         assert start == 0 or x.shape[1] == 1, f'{x.shape[1]} positions at once, after {start} in the cache'
@@ -207,23 +187,15 @@ class Decoder(nn.Module):
             balance_loss = balance_loss + layer_loss
         return self.norm(x), balance_loss
 
-    def forward_flops(self, positions, targets):
-        """FLOPs of a forward pass over a sequence: 2 per weight and position that uses it (logits at the targets only),
-        and causal attention, in which a position sees half of the others."""
-        c, share = self.config, self.config.num_experts_per_tok / max(self.config.n_routed_experts, 1)
-        weights = sum(p.numel() * (share if p.dim() == 3 else 1) for p in self.layers.parameters())    # 3 dims: experts
-        attention = c.num_hidden_layers * c.hidden_size * positions
-        return 2 * (positions * (weights + attention) + targets * c.hidden_size * c.vocab_size)
-
     def logits(self, hidden):
         """(..., D) -> fp32 (..., V)"""
         return F.linear(hidden, (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight).float()
 
     def token_losses(self, hidden, target, rows=None):
-        """hidden (B, T, D), target ids (B, T) -> cross-entropy in nats, whether the likeliest token is right (B, T).
+        """hidden (B, T, D), target ids (B, T) -> cross-entropy in nats (B, T), whether argmax is correct (B, T).
 
-        `rows` at a time, by default as many as have 2^27 logits (half a GB). If that makes several chunks, the backward
-        pass computes their logits again, so that only one chunk of them ever exists.
+        Takes `rows` positions at a time, by default as many as make 2^27 logits (half a GB). With several chunks, the
+        backward pass computes their logits again, so that only one chunk of logits exists at any time.
         """
         def losses(h, t):
             logits = self.logits(h)
@@ -236,12 +208,11 @@ class Decoder(nn.Module):
         loss, hit = zip(*(losses(h, t) for h, t in chunks))
         return torch.cat(loss).view(target.shape), torch.cat(hit).view(target.shape)
 
-
 class Autoencoder(nn.Module):
-    """An encoder in front of a decoder; the one place that knows the layout of the sequence.
+    """An encoder in front of a decoder. The only place that knows the layout of the sequence.
 
-    encoder(batch, embed) -> memory (B, M, D). prompt: ids of the tokens after it. objective: a key of OBJECTIVES.
-    hybrid: how many of the context's last tokens follow as plain ones; they are in the memory too, and carry no loss.
+    encoder(batch, embed) -> memory (B, M, D). objective: a key of OBJECTIVES. prompt: ids of the tokens after the
+    memory. hybrid: how many of the last context tokens follow as tokens; they are in the memory too and carry no loss.
     """
 
     def __init__(self, encoder, decoder, objective='reconstruction', prompt=(), hybrid=0):
@@ -250,17 +221,16 @@ class Autoencoder(nn.Module):
         self.objective, self.prompt, self.hybrid = objective, list(prompt), hybrid
 
     def prefix(self, batch):
-        """All that stands before the target, as embeddings: [BOS] memory [prompt] [hybrid] -> (B, P, D). Raises
-        AssertionError for a memory of another shape than (B, M, D)."""
+        """Everything before the target, as embeddings: [BOS] memory [prompt] [hybrid] -> (B, P, D)."""
         embed, context = self.decoder.embed_tokens, batch['context']
-        column = lambda token: embed(context.new_full((len(context), 1), token))         # (B, 1, D), made on the device
+        column = lambda token: embed(context.new_full((len(context), 1), token))         # (B, 1, D)
         bos, *prompt = (column(token) for token in [self.decoder.config.bos_token_id, *self.prompt])
-        memory = self.encoder(batch, embed).to(bos.dtype)                     # autocast may have made it bf16
+        memory = self.encoder(batch, embed).to(bos.dtype)                     # under autocast it may be bf16
         assert memory.shape[::2] == bos.shape[::2], f'memory of shape {tuple(memory.shape)}, not {len(bos)} x M x D'
         return torch.cat([bos, memory, *prompt, embed(context[:, context.shape[1] - self.hybrid:])], dim=1)
 
     def forward(self, batch):
-        """batch['context'] (B, T) and what else the encoder reads -> losses and hits (B, T), balance loss."""
+        """batch -> losses in nats and hits (B, T), both per target token, and the load-balancing loss."""
         target = batch[OBJECTIVES[self.objective]]
         hidden, balance_loss = self.decoder(torch.cat([self.prefix(batch), self.decoder.embed_tokens(target)], dim=1))
         predicting = hidden[:, -target.shape[1] - 1:-1]                       # position i predicts token i + 1
@@ -268,17 +238,18 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def generate(self, batch, max_new_tokens, temperature=0.0):
-        """Continue each row's prefix: token ids (B, <= max_new_tokens), the likeliest at temperature 0, else sampled.
+        """Continue each row's prefix -> token ids (B, <= max_new_tokens): argmax at temperature 0, else sampled.
 
-        A row that has come to EOS repeats it, and generation ends when all rows have.
+        A row that has reached EOS repeats it, and generation ends when all rows have.
         """
-        x, eos, tokens, cache = self.prefix(batch), self.decoder.config.eos_token_id, [], {}
+        x, tokens, cache = self.prefix(batch), [], {}
+        eos = torch.tensor(self.decoder.config.eos_token_id, device=x.device).view(-1)
         done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         while len(tokens) < max_new_tokens and not done.all():
             logits = self.decoder.logits(self.decoder(x, cache)[0][:, -1])    # (B, V)
             token = torch.multinomial((logits / temperature).softmax(dim=-1), 1)[:, 0] if temperature \
                 else logits.argmax(dim=-1)
-            tokens.append(token.masked_fill(done, eos))
-            done = done | (token == eos)
+            tokens.append(torch.where(done, eos[0], token))
+            done = done | torch.isin(token, eos)
             x = self.decoder.embed_tokens(tokens[-1][:, None])
         return torch.stack(tokens, dim=1)

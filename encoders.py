@@ -2,22 +2,23 @@
 The encoders: a context of T tokens to a memory of M vectors, each as wide as the decoder's embeddings.
 
     encoder(batch, embed) -> memory (B, M, D)      batch['context'] (B, T) token ids; batch['image'] (B, 3, S, S) pixels
-                                                   for an encoder with an image_size; embed: the decoder's embedding
-    text             the last N embeddings themselves: truncation, or the whole context
-    meanpool         the mean embedding of every window
-    conv1d_residual  a pyramid of residual convolutions, each halving the length
-    vision           the context drawn as a page, read by DeepSeek-OCR's encoder:  page -> SAM -> CLIP -> projector
+                                                   if the encoder has an image_size; embed: the decoder's own embedding
+    text             the embeddings of the last N tokens: truncation, or the whole context
+    meanpool         the mean embedding of each window
+    conv1d_residual  a pyramid of residual convolutions, each of which halves the length
+    vision           the context drawn as a page and read by DeepSeek-OCR's encoder:  page -> SAM -> CLIP -> projector
 
-A new encoder is a class with the same constructor, (config, context_length, *, settings), and its entry in ENCODERS,
-whose name is what the paper calls the regime. Settings are annotated bool, int, float or str; encoders may share them,
-but no other flag may have their names. They become flags of train.py, are stored in config.json and label the row in
-eval.py's table; where an attribute of the same name holds a number or a word, that is stored: so a default of None is
-told as what it came to. An encoder with an `image_size` gets pages, one with a `prompt` has the decoder read that after
-the memory.
+To add an encoder, write a class with the constructor (config, context_length, *, settings) and register it in ENCODERS
+under its --regime. config is the decoder.DecoderConfig: use config.hidden_size for D. Embeddings carry no positions, so
+attention over them sees a bag of words unless you add some. Each setting is annotated as bool, int, float or str. It
+becomes a flag of train.py, with the line "name: help" of the class's docstring as its help; it is stored in config.json
+and labels the run's row in eval.py. If the encoder has an attribute of that name with a number or a string, that is the
+value stored, so a default of None becomes its resolved value. Encoders may share settings, but a setting must not have
+the name of another flag. An encoder with an `image_size` gets pages; one with a `prompt` has it read after the memory.
 
 Shapes: B batch, T context tokens, M memory vectors, D decoder width, S page side in pixels, C channels, H W height and
-width in patches, n heads, d head width. References: arXiv 2512.03643 (the compressors), deepencoder.py of DeepSeek-OCR,
-whose names of parameters (net_2, pre_layrnorm) the modules keep, since the released tensors bear them.
+width in patches, n heads, d head width. References: arXiv 2512.03643 (the compressors) and deepencoder.py of
+DeepSeek-OCR, whose parameter names (net_2, pre_layrnorm) the modules keep because the released tensors have them.
 """
 import inspect
 from dataclasses import dataclass
@@ -26,9 +27,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
 class Text(nn.Module):
-    """memory = embed(last N context tokens). N = 0 is no context, None the whole of it: the two ends of truncation."""
+    """memory = embed(last N context tokens), the yardstick: 0 is no context, all of them the whole context.
+
+    text_context_tokens: N (default: the whole context)
+    """
 
     def __init__(self, config, context_length, *, text_context_tokens: int = None):
         super().__init__()
@@ -41,21 +44,22 @@ class Text(nn.Module):
         context = batch['context']
         return embed(context[:, context.shape[1] - self.text_context_tokens:])
 
-
 def learned(*shape):
-    """Learned vectors of the memory (..., D), of length 1 or so."""
+    """Learned vectors (..., D), each of norm about 1."""
     return nn.Parameter(torch.randn(shape) * shape[-1] ** -0.5)
-
 
 def append(memory, vector):
     """(B, M, D), (D,) or (B, 1, D) -> (B, M + 1, D)"""
     return torch.cat([memory, vector.expand(len(memory), 1, -1)], dim=1)
 
-
 class MeanPool(nn.Module):
-    """memory_i = mean(embed(context[i s : i s + w])); the tokens left over at the end share one more; then a separator,
-    learned, as DeepSeek-OCR's own encoder has it: it tells the decoder that vectors end here and plain tokens begin.
-    The stride s is the window w by default; a longer one skips tokens."""
+    """memory_i = mean(embed(context[i s : i s + w])), one more mean of the tokens left over at the end, a separator.
+
+    The separator is a learned vector that tells the decoder where vectors end and tokens begin; DeepSeek-OCR's encoder
+    ends with one as well.
+    compression_window_size: tokens in a window, w
+    compression_stride: from one window to the next, s (default: the window); a longer one skips tokens
+    """
 
     def __init__(self, config, context_length, *, compression_window_size: int = 4, compression_stride: int = None):
         super().__init__()
@@ -63,7 +67,7 @@ class MeanPool(nn.Module):
         s = w if compression_stride is None else compression_stride
         if not 1 <= w <= context_length or s < 1:
             raise ValueError(f'window {w} with stride {s} does not fit a context of {context_length} tokens')
-        # Not compression_stride: stored as None, it follows the window of a run that goes on with another one.
+        # Not self.compression_stride: stored as None, it follows the window when a run continues with another window.
         self.compression_window_size, self.stride = w, s
         self.separator = learned(config.hidden_size)
 
@@ -74,7 +78,6 @@ class MeanPool(nn.Module):
         if rest.shape[1]:
             memory = append(memory, rest.mean(dim=1, keepdim=True))
         return append(memory, self.separator)
-
 
 class ResidualBlock(nn.Module):
     """y = gelu(norm(conv_2(gelu(norm(conv_1(x))))) + pool(x)): (B, D, L) -> (B, D, ceil(L / 2)); conv_2 has stride 2.
@@ -91,10 +94,12 @@ class ResidualBlock(nn.Module):
         y = self.norm2(self.conv2(F.gelu(self.norm1(self.conv1(x)))))
         return F.gelu(y + F.adaptive_avg_pool1d(x, y.shape[-1]))
 
-
 class Conv1dResidual(nn.Module):
-    """memory = as many residual blocks over the embeddings as take T to `compression_target`, then the separator. The
-    target is T halved some times, rounded up; by default twice."""
+    """memory = residual blocks over the embeddings, as many as it takes from T to the target, then a separator.
+
+    compression_target: vectors, T halved k times and rounded up (default: twice)
+    conv_kernel: width of the first convolution of each block, odd
+    """
 
     def __init__(self, config, context_length, *, compression_target: int = None, conv_kernel: int = 5):
         super().__init__()
@@ -103,7 +108,7 @@ class Conv1dResidual(nn.Module):
             chain.append((chain[-1] + 1) // 2)
         self.compression_target = chain[min(2, len(chain) - 1)] if compression_target is None else compression_target
         if self.compression_target not in chain:
-            raise ValueError(f'compression_target {compression_target} is not one of {chain}: blocks halve, round up')
+            raise ValueError(f'compression_target {compression_target} is not one of {chain}: blocks halve the length')
         if conv_kernel % 2 == 0 or conv_kernel < 1:
             raise ValueError(f'conv_kernel {conv_kernel} is not an odd positive number')
         blocks = chain.index(self.compression_target)
@@ -114,26 +119,23 @@ class Conv1dResidual(nn.Module):
         x = self.pyramid(embed(batch['context']).transpose(1, 2))               # (B, D, M - 1)
         return append(x.transpose(1, 2), self.separator)
 
-
 # --------------------------------------------------------------------------------------------------------------- vision
 
 @dataclass
 class VisionConfig:
-    """Sizes of the vision encoder; the defaults are SAM ViT-B and CLIP ViT-L as DeepSeek-OCR has them."""
-    image_size: int = 1024                  # the page that SAM's position tables are made for; others interpolate
+    """Sizes of the vision encoder. The defaults are DeepSeek-OCR's SAM ViT-B and CLIP ViT-L."""
+    image_size: int = 1024                  # page size of SAM's position tables; for other pages they are interpolated
     sam_width: int = 768
     sam_layers: int = 12
     sam_heads: int = 12
-    sam_global: tuple = (2, 5, 8, 11)       # layers that attend over the whole page, the others within windows
+    sam_global: tuple = (2, 5, 8, 11)       # these layers attend over the whole page, the others within windows
     sam_neck: int = 256
     clip_width: int = 1024
     clip_layers: int = 24
     clip_heads: int = 16
     clip_mlp: int = 4096
 
-
-WINDOW, CLIP_GRID = 14, 16                # patches a side: of SAM's windows, and that CLIP's position table is made for
-
+WINDOW, CLIP_GRID = 14, 16                # patches on a side: of SAM's windows, and of CLIP's position table
 
 def resize_positions(table, size):
     """Resize a square table of position vectors (1, h, h, C) to (1, size, size, C): antialiased bicubic, in fp32."""
@@ -142,7 +144,6 @@ def resize_positions(table, size):
     x = F.interpolate(table.float().permute(0, 3, 1, 2), (size, size), mode='bicubic', antialias=True)
     return x.permute(0, 2, 3, 1).to(table.dtype)
 
-
 def relative_positions(table, size):
     """Rows i - j of a table (2h - 1, d) of relative positions, resized to 2 size - 1 rows: (size, size, d)."""
     if table.shape[0] != 2 * size - 1:
@@ -150,12 +151,13 @@ def relative_positions(table, size):
     i = torch.arange(size, device=table.device)
     return table[i[:, None] - i[None, :] + size - 1]
 
-
 class SAMAttention(nn.Module):
     """softmax(q k / sqrt(d) + q R_h + q R_w) v, with R_h and R_w the vectors of the vertical and horizontal offsets.
 
-    For one query, q R_h takes H values, one for each row of keys. Append them to q, and to each key its row as a
-    one-hot vector: their dot product picks the right one. Columns likewise. So no (HW x HW) bias exists.
+    The naive form adds a bias to the score of the query at row i, column j and the key at row k, column l:
+        score = q . key / sqrt(d) + q . R_h[i - k] + q . R_w[j - l]
+    For one query, q R_h has only H values, one for each row of keys. So we append these to q, and to each key its row
+    as a one-hot vector, whose dot product picks the right value. Columns likewise. No (HW x HW) bias is ever stored.
     """
 
     def __init__(self, dim, n_head, size):
@@ -180,9 +182,8 @@ class SAMAttention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :d]
         return self.proj(y.transpose(1, 2).reshape(B, H, W, C))
 
-
 class SAMBlock(nn.Module):
-    """A pre-norm transformer block; attention within squares of window x window patches, or the page if window is 0."""
+    """A pre-norm transformer block: attention within windows of window x window patches; 0 is the whole page."""
 
     def __init__(self, dim, n_head, window, grid):
         super().__init__()
@@ -196,19 +197,17 @@ class SAMBlock(nn.Module):
         B, H, W, C = x.shape                                                    # H = W, as pages are square
         w = self.window or H
         n = -(-H // w)                                                          # windows a side
-        y = F.pad(self.norm1(x), (0, 0, 0, n * w - W, 0, n * w - H))            # the zeros are attended to as well
-        y = y.view(B, n, w, n, w, C).transpose(2, 3).reshape(-1, w, w, C)       # each window by itself
+        y = F.pad(self.norm1(x), (0, 0, 0, n * w - W, 0, n * w - H))            # attention sees the padding as well
+        y = y.view(B, n, w, n, w, C).transpose(2, 3).reshape(-1, w, w, C)       # (B n n, w, w, C), a row a window
         y = self.attn(y).view(B, n, n, w, w, C).transpose(2, 3).reshape(B, n * w, n * w, C)
         x = x + y[:, :H, :W]
         return x + self.mlp.lin2(F.gelu(self.mlp.lin1(self.norm2(x))))
-
 
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of (B, C, H, W)."""
 
     def forward(self, x):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
 
 class SAM(nn.Module):
     """Pixels (B, 3, S, S) to features (B, C, S/64, S/64): a ViT on patches of 16 pixels, a neck, and two halvings."""
@@ -231,7 +230,6 @@ class SAM(nn.Module):
         x = self.blocks(x + resize_positions(self.pos_embed, x.shape[1]))
         return self.net_3(self.net_2(self.neck(x.permute(0, 3, 1, 2))))
 
-
 class CLIPBlock(nn.Module):
     """A pre-norm transformer block with the quick GELU, x sigmoid(1.702 x)."""
 
@@ -248,14 +246,13 @@ class CLIPBlock(nn.Module):
         y = self.mlp.fc1(self.layer_norm2(x))
         return x + self.mlp.fc2(y * torch.sigmoid(1.702 * y))
 
-
 class CLIP(nn.Module):
-    """SAM's features (B, C, h, h) in place of patch embeddings -> (B, 1 + h h, C), class token first, no last norm."""
+    """SAM's features (B, C, h, h), used as patch embeddings -> (B, 1 + h h, C), class token first, no final norm."""
 
     def __init__(self, v):
         super().__init__()
         C = v.clip_width
-        # The patch embedding is never used, but released.
+        # The patch embedding is unused, but in the checkpoint.
         self.embeddings = nn.ModuleDict({'patch_embedding': nn.Conv2d(3, C, 14, stride=14, bias=False),
                                          'position_embedding': nn.Embedding(1 + CLIP_GRID ** 2, C)})
         self.embeddings.patch_embedding.requires_grad_(False)
@@ -267,20 +264,21 @@ class CLIP(nn.Module):
 
     def forward(self, features):
         B, C, h, _ = features.shape
-        table = self.embeddings.position_embedding.weight                     # class position, then a square of patches
+        table = self.embeddings.position_embedding.weight                     # class position, then 16 x 16 patches
         patches = resize_positions(table[1:].view(1, CLIP_GRID, CLIP_GRID, C), h).view(-1, C)
         token = self.embeddings.class_embedding.expand(B, 1, C).type_as(features)
         x = torch.cat([token, features.flatten(2).transpose(1, 2)], dim=1) + torch.cat([table[:1], patches])
         return self.transformer.layers(self.pre_layrnorm(x))
 
-
 VISION_MODES = {'tiny': 512, 'small': 640, 'base': 1024, 'large': 1280}      # pixels a side, as DeepSeek-OCR names them
 
-
 class Vision(nn.Module):
-    """memory = rows of projector([CLIP(SAM(page)), SAM(page)]), a newline vector after each row, the separator last.
-    A page of S x S pixels becomes h x h vectors, h = S / 64, so M = h (h + 1) + 1: 640 pixels, 10 x 10, 111 vectors.
-    The mode is a name or a number of pixels; by default the size that the model's SAM was made for."""
+    """memory = rows of projector([CLIP(SAM(page)), SAM(page)]), a newline vector after each row, then a separator.
+
+    A page of S x S pixels has h x h vectors, h = S / 64, so M = h (h + 1) + 1: 640 pixels make 10 x 10, M = 111.
+    vision_mode: tiny, small, base, large, or pixels on a side (default: the page size of the model's SAM)
+    vision_prompt: text that the decoder reads after the page
+    """
 
     def __init__(self, config, context_length, *, vision_mode: str = None, vision_prompt: str = ''):
         super().__init__()
@@ -289,7 +287,7 @@ class Vision(nn.Module):
         self.image_size = VISION_MODES.get(mode) or (int(mode) if mode.isdecimal() else 0)
         if self.image_size == 0 or self.image_size % 64:
             raise ValueError(f'vision_mode {mode} is not one of {", ".join(VISION_MODES)} or a multiple of 64 pixels')
-        self.vision_mode, self.prompt = mode, vision_prompt                     # the decoder reads it after the memory
+        self.vision_mode, self.prompt = mode, vision_prompt
         self.sam_model = SAM(v)
         self.vision_model = CLIP(v)
         self.projector = nn.ModuleDict({'layers': nn.Linear(2 * v.clip_width, config.hidden_size)})
@@ -297,7 +295,7 @@ class Vision(nn.Module):
         self.view_seperator = learned(config.hidden_size)                       # (sic)
 
     def forward(self, batch, embed):
-        image = (batch['image'].float() / 255 - 0.5) / 0.5                     # pixels travel as bytes: 0..255 to -1..1
+        image = (batch['image'].float() / 255 - 0.5) / 0.5                     # bytes, 0 to 255, become -1 to 1
         sam = self.sam_model(image.type_as(self.image_newline))                 # (B, C, h, h)
         B, C, h, _ = sam.shape
         clip = self.vision_model(sam)[:, 1:]                                    # (B, h h, C), without the class token
@@ -305,10 +303,8 @@ class Vision(nn.Module):
         rows = append(x.reshape(B * h, h, -1), self.image_newline)              # (B h, h + 1, D)
         return append(rows.reshape(B, h * (h + 1), -1), self.view_seperator)
 
-
 ENCODERS = {'text': Text, 'meanpool': MeanPool, 'conv1d_residual': Conv1dResidual, 'vision': Vision}
 
-
 def settings_of(encoder_class):
-    """An encoder's settings: {keyword: inspect.Parameter, with its type and default}."""
+    """The settings of an encoder's class: {name: inspect.Parameter with its type and default}."""
     return {name: p for name, p in inspect.signature(encoder_class).parameters.items() if p.kind == p.KEYWORD_ONLY}

@@ -4,22 +4,21 @@ The released checkpoint format, both ways, and its tokenizer.
     model, tokenizer, config = load('deepseek-ai/DeepSeek-OCR', 'meanpool', 1000, compression_window_size=4)
     python load_deepseek.py out/vision --export out/ocr      # a run's weights in bf16, for whatever opens DeepSeek-OCR
 
-A checkpoint is a folder: config.json, safetensors files under DeepSeek-OCR's tensor names, tokenizer.json. A run
-of ours adds "run" to config.json (which encoder, its settings, the lengths) and the tensors of our own encoders:
+A checkpoint is a folder: config.json, safetensors files with DeepSeek-OCR's tensor names, tokenizer.json. Our own runs
+add "run" to config.json (which encoder, its settings, the lengths) and the tensors of their encoders:
 
-    here                                          there
-    decoder.layers.3.mlp.experts.up_proj[7]       model.layers.3.mlp.experts.7.up_proj.weight  (stacked here only)
+    here                                          in the file
+    decoder.layers.3.mlp.experts.up_proj[7]       model.layers.3.mlp.experts.7.up_proj.weight (stacked only here)
     decoder.lm_head.weight                        lm_head.weight
     decoder.<name>, and encoder.<name> of vision  model.<name>
     encoder.<name> of any other encoder           <regime>.<name>
 """
 import argparse
-import importlib
+import copy
 import json
 import os
 import re
 import shutil
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -28,24 +27,31 @@ import safetensors.torch
 import tiktoken
 import torch
 import torch.nn as nn
-from torch.distributed.tensor import DTensor
 
 from decoder import Autoencoder, Decoder, DecoderConfig
 from encoders import ENCODERS, VisionConfig, settings_of
+from render import explain, run_main
 
-# Models without weights, as the config.json they would have; what it leaves out is as in DeepSeek-OCR.
+# Models without weights, as the config.json that they would have. What is not here is as in DeepSeek-OCR.
 PRESETS = {'full': {}, 'tiny': {
-    'language_config': dict(
+    'tokenizer': 'bytes', 'language_config': dict(
         vocab_size=259, hidden_size=128, intermediate_size=352, moe_intermediate_size=96, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2),
     'vision_config': {'image_size': 256, 'width': {
         'sam_vit_b': {'width': 96, 'layers': 4, 'heads': 3, 'global_attn_indexes': [1, 3]},
         'clip-l-14-224': {'width': 128, 'layers': 4, 'heads': 4}}}}}
 VISION = ('model.sam_model.', 'model.vision_model.', 'model.projector.', 'model.image_newline', 'model.view_seperator')
+# What config.json may ask of the decoder. A checkpoint that asks for anything else is refused.
+SUPPORTED = {
+    'model_type': ('deepseek_v2', 'deepseek_vl_v2', 'DeepseekOCR', 'llama', 'mistral'), 'hidden_act': ('silu',),
+    'attention_bias': (False,), 'mlp_bias': (False,), 'attention_dropout': (0,), 'pretraining_tp': (1,),
+    'sliding_window': (), 'rope_type': ('default',), 'type': ('default',), 'factor': (1,), 'use_mla': (False,),
+    'partial_rotary_factor': (1,), 'topk_method': ('greedy',), 'scoring_func': ('softmax',), 'norm_topk_prob': (False,),
+    'routed_scaling_factor': (1,), 'moe_layer_freq': (1,)}
 
-# tokenizer.json cuts text in passes. DeepSeek's: digits, runs of Chinese or kana (K), the rest; SmolLM2's: single
-# digits, the rest as GPT-2. As one pattern, what a later pass would take must stop where an earlier one has cut; and
-# DeepSeek's last alternative takes what no pass matches (controls, joiners), because tiktoken would drop it.
+# tokenizer.json splits text in passes. DeepSeek's: digits, runs of Chinese or kana (K), the rest; SmolLM2's: single
+# digits, the rest as in GPT-2. In one pattern, an alternative must stop where an earlier pass would have split. The
+# last one of DeepSeek takes what no pass matches (controls, joiners), because tiktoken would drop it.
 PATTERNS = {'deepseek': '|'.join([
     r'\p{N}{1,3}', r'[K]+', r'[!"#$%&\'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+',
     r'[^\r\n\p{L}\p{P}\p{S}]?[[\p{L}\p{M}]--[K]]+', r' ?[[\p{P}\p{S}]--[K]]+[\r\n]*', r'\s*[\r\n]+',
@@ -53,105 +59,86 @@ PATTERNS = {'deepseek': '|'.join([
 ]).replace('K', r'\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff'),
     'smollm2': r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"}
 
-
 def read_json(path):
-    """A JSON file that must be there. Raises SystemExit."""
-    try:
-        return json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e:
-        raise SystemExit(f'{path}: cannot be read ({e})')
+    """A file with a JSON object, as a dict. Raises ValueError."""
+    with explain(f'{path}: cannot be read as a JSON object'):
+        return {**json.loads(Path(path).read_bytes())}
 
-
-def optional(name):
-    """A module that not everybody needs. Raises SystemExit with the command that installs it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise SystemExit(f'this takes {name}: pip install {name.split(".")[0]}')
-
+def fetch(source):
+    """The folder of a checkpoint: `source` itself, or a copy from the model hub. Raises ValueError."""
+    if Path(source).is_dir():
+        return Path(source)
+    with explain(f'{source}: no such folder (check the spelling), and not found on the hub'):
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=['*.json', '*.safetensors', '*.py']))
 
 def load_tokenizer(path):
     """tokenizer.json of DeepSeek-OCR (the V3 family) or SmolLM2 as a tiktoken.Encoding with the same ids.
 
-    A merge's rank is the id that it makes, so the vocabulary alone defines the encoding. encode_ordinary takes a
-    special string in a text, like <image>, for plain text; Hugging Face's would not. SystemExit for another family.
+    The rank of a merge is the id of the token it makes, so the vocabulary alone defines the encoding. encode_ordinary
+    reads a special string in a text, like <image>, as plain text; Hugging Face does not. Raises ValueError.
     """
     spec = read_json(path)
-    cuts = json.dumps(spec.get('pre_tokenizer'))
-    name = 'deepseek' if r'"\\p{N}{1,3}"' in cuts else 'smollm2' if '"individual_digits": true' in cuts else None
+    passes = json.dumps(spec.get('pre_tokenizer'))
+    name = 'deepseek' if r'"\\p{N}{1,3}"' in passes else 'smollm2' if '"individual_digits": true' in passes else None
     if name is None:
-        raise SystemExit(f'{path}: not a tokenizer of the DeepSeek-V3 family or of SmolLM2')
+        raise ValueError(f'{path}: not a tokenizer of the DeepSeek-V3 family or of SmolLM2')
     special = {token['content']: token['id'] for token in spec['added_tokens']}
-    # Byte-level BPE spells bytes as printable characters: printable ones as themselves, the others from U+0100 on.
+    # Byte-level BPE writes bytes as printable characters: printable ones as themselves, the others from U+0100 on.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = sorted(set(range(256)) - set(printable))
     byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
     ranks = {bytes(byte[c] for c in token): i for token, i in spec['model']['vocab'].items() if token not in special}
     return tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=ranks, special_tokens=special)
 
-
 def tokenizer_of(source):
-    """The tokenizer of a checkpoint. Presets, and runs from one, have bytes: ids 3 to 258, behind bos, eos, pad."""
-    if source in PRESETS or read_json(fetch(source) / 'config.json').get('run', {}).get('tokenizer') == 'bytes':
-        return tiktoken.Encoding('bytes', pat_str=r'(?s:.)', mergeable_ranks={bytes([b]): 3 + b for b in range(256)},
-                                 special_tokens={'<bos>': 0, '<eos>': 1, '<pad>': 2})
+    """The tokenizer of a preset or checkpoint: its tokenizer.json, or bytes, ids 3 to 258 after BOS, EOS and PAD."""
+    if source in PRESETS or read_json(fetch(source) / 'config.json').get('tokenizer') == 'bytes':
+        ranks, special = {bytes([b]): 3 + b for b in range(256)}, {'<bos>': 0, '<eos>': 1, '<pad>': 2}
+        return tiktoken.Encoding('bytes', pat_str=r'(?s:.)', mergeable_ranks=ranks, special_tokens=special)
     return load_tokenizer(fetch(source) / 'tokenizer.json')
 
-
-def fetch(source):
-    """The checkpoint's folder: `source` itself, or what the model hub has under that name. Raises SystemExit."""
-    if Path(source).is_dir():
-        return Path(source)
-    try:
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=['*.json', '*.safetensors', '*.py']))
-    except Exception as e:                     # the hub's client raises whatever its transport does
-        raise SystemExit(f'{source}: no such folder, and not to be had from the model hub ({type(e).__name__})')
-
-
-def shape_of(name, stored, default):
-    """A tensor's shape as a list, without reading it; `default` if it is not among open_tensors()."""
-    return stored[name].get_slice(name).get_shape() if name in stored else default
-
-
-def sizes_from(config, stored=()):
-    """config.json to a DecoderConfig with its VisionConfig. What config.json is silent or stale about (SAM's neck,
-    CLIP's MLP) follows from the shapes of open_tensors()."""
+def sizes_from(config):
+    """config.json, as a dict, to a DecoderConfig with its VisionConfig. Raises ValueError for what is not SUPPORTED."""
     language = config.get('language_config', config)
-    sizes = DecoderConfig(**{f.name: language[f.name] for f in fields(DecoderConfig) if f.name in language})
-    if language.get('model_type') == 'llama':  # the same decoder without experts
-        sizes.n_routed_experts = 0
+    language = {**language, **(language.get('rope_parameters') or language.get('rope_scaling') or {})}  # new, old place
+    for name, values in SUPPORTED.items():
+        if language.get(name) not in (None, *values):
+            raise ValueError(f'config.json: {name} {language[name]!r} is not supported')
+    given = {f: language[f.name] for f in fields(DecoderConfig) if language.get(f.name) is not None}
+    sizes = DecoderConfig(**{f.name: value if isinstance(value, list) else f.type(value) for f, value in given.items()})
+    if 'hidden_size' in language:              # left out are the experts of a dense model, and equal numbers of heads
+        sizes.n_routed_experts = language.get('n_routed_experts') or 0
+        sizes.num_key_value_heads = language.get('num_key_value_heads') or sizes.num_attention_heads
+    if language.get('head_dim') not in (None, sizes.hidden_size // sizes.num_attention_heads):
+        raise ValueError(f'config.json: head_dim {language["head_dim"]} is not hidden_size / num_attention_heads')
+    if sizes.bos_token_id >= sizes.vocab_size or sizes.num_experts_per_tok > sizes.n_routed_experts > 0:
+        raise ValueError('config.json: bos_token_id or num_experts_per_tok is too large')
     if 'vision_config' in config:
         sam, clip = (config['vision_config']['width'][name] for name in ('sam_vit_b', 'clip-l-14-224'))
-        neck, _, _, _ = shape_of('model.sam_model.neck.0.weight', stored, [clip['width'] // 4, 0, 0, 0])
-        mlp, _ = shape_of('model.vision_model.transformer.layers.0.mlp.fc1.weight', stored, [4 * clip['width'], 0])
         sizes.vision = VisionConfig(
             config['vision_config']['image_size'], sam['width'], sam['layers'], sam['heads'],
-            tuple(sam['global_attn_indexes']), neck, clip['width'], clip['layers'], clip['heads'], mlp)
+            tuple(sam['global_attn_indexes']), clip['width'] // 4, clip['width'], clip['layers'], clip['heads'],
+            4 * clip['width'])
     return sizes
 
-
 def open_tensors(folder):
-    """The tensors of a folder, those of its index if there is one: {name: the open safetensors file that holds it}."""
-    index, files, stored = folder / 'model.safetensors.index.json', folder.glob('*.safetensors'), {}
+    """The tensors of a folder, or of its index if it has one: {name: the open safetensors file}. Raises ValueError."""
+    index, paths, stored = folder / 'model.safetensors.index.json', folder.glob('*.safetensors'), {}
     if index.exists():
-        files = {folder / name for name in read_json(index)['weight_map'].values()}
-    for path in sorted(files):
-        try:
+        paths = {folder / name for name in read_json(index)['weight_map'].values()}
+    for path in sorted(paths):
+        with explain(f'{path}: missing, truncated or not a safetensors file'):
             file = safetensors.safe_open(path, 'pt')
-        except (OSError, safetensors.SafetensorError) as e:
-            raise SystemExit(f'{path}: missing, truncated or no safetensors file ({e})')
-        stored.update(dict.fromkeys(file.keys(), file))
+            stored.update(dict.fromkeys(file.keys(), file))
     if not stored:
-        raise SystemExit(f'{folder}: no *.safetensors, so no weights')
+        raise ValueError(f'{folder}: no *.safetensors, so no weights')
     return stored
 
-
 def released_tensors(model, regime):
-    """{released name: tensor} of an Autoencoder: views of its own parameters and buffers, experts one by one."""
+    """{released name: tensor} of an Autoencoder: views of its own parameters, experts one by one."""
     tensors = {}
     for name, p in model.state_dict().items():
         part, rest = name.split('.', 1)
-        p = p.full_tensor().cpu() if isinstance(p, DTensor) else p            # shards are put together, in a copy
         if part == 'encoder':
             tensors[f'model.{rest}' if regime == 'vision' else f'{regime}.{rest}'] = p
         elif '.experts.' in rest:
@@ -161,133 +148,108 @@ def released_tensors(model, regime):
             tensors[rest if rest.startswith('lm_head') else f'model.{rest}'] = p
     return tensors
 
-
 def fill(model, regime, stored, device, source):
-    """Read the tensors of a model, whose decoder is on the meta device, straight into place: the decoder's to `device`.
+    """Copy the tensors of open_tensors() into a model whose decoder is on the meta device and goes to `device`.
 
-    stored: of open_tensors(). source: what messages call it. Strict: a missing, unexpected or misshapen tensor is a
-    SystemExit that names it. Those of another registered encoder are left out.
+    Raises ValueError that names `source` and the tensor if one is missing, unexpected or of another shape. Tensors of
+    another registered encoder are skipped.
     """
-    wanted = {name: list(tensor.shape) for name, tensor in released_tensors(model, regime).items()}
-    other = tuple(f'{name}.' for name in ENCODERS if name != regime) + (VISION if regime != 'vision' else ())
-    skipped = {name for name in stored if name not in wanted and name.startswith(other)}
+    expected = {name: list(tensor.shape) for name, tensor in released_tensors(model, regime).items()}
+    others = tuple(f'{name}.' for name in ENCODERS if name != regime) + (VISION if regime != 'vision' else ())
+    skipped = {name for name in stored if name not in expected and name.startswith(others)}
     if skipped:
-        print(f'{source}: left out {len(skipped)} tensors of another encoder ({min(skipped)} ...)')
-    for name in sorted(wanted.keys() | stored.keys() - skipped):
-        if (has := shape_of(name, stored, 'missing')) != (wants := wanted.get(name, 'none')):
-            raise SystemExit(f'{source}: tensor {name} is {has}, regime {regime} wants {wants}')
+        print(f'{source}: skipped {len(skipped)} tensors of another encoder ({min(skipped)} ...)')
+    for name in sorted(expected.keys() | stored.keys() - skipped):
+        found = stored[name].get_slice(name).get_shape() if name in stored else 'missing'
+        if found != expected.get(name):
+            raise ValueError(f'{source}: tensor {name} is {found}, {regime} needs {expected.get(name, "none")}')
     model.decoder.to_empty(device=device)
-    for name, tensor in released_tensors(model, regime).items():              # views anew: the others were of no memory
+    for name, tensor in released_tensors(model, regime).items():              # again, since the decoder has moved
         tensor.copy_(stored[name].get_tensor(name))
 
-
 def load(source, regime, context, objective='reconstruction', hybrid=0, device='cpu', dtype=torch.float32, **settings):
-    """Build an Autoencoder from a preset's name, a folder or a hub id -> (model, tokenizer, config).
+    """Build an Autoencoder from a preset, a folder or a hub id -> (model, tokenizer, config).
 
-    context: tokens a segment. settings: keywords of the encoder's class; None means its default. config: config.json
-    with these choices under "run". Weights that the checkpoint has are read by fill(); an encoder that it does not have
-    starts from random ones. Raises SystemExit for what does not exist or fit.
+    context: tokens in a segment. settings: keywords of the encoder's class; None is its default. config: config.json
+    with these choices under "run". An encoder that the checkpoint does not have starts from random weights. Raises
+    ValueError or OSError for what does not exist or does not fit.
     """
     folder = None if source in PRESETS else fetch(source)
-    config, stored = (read_json(folder / 'config.json'), open_tensors(folder)) if folder else (PRESETS[source], {})
-    if regime not in ENCODERS:
-        raise SystemExit(f'--regime {regime}: not one of {", ".join(ENCODERS)}')
+    config, stored = (read_json(folder / 'config.json'), open_tensors(folder)) if folder else (
+        copy.deepcopy(PRESETS[source]), {})
     run, known = config.get('run', {}), settings_of(ENCODERS[regime])
     settings = {name: value for name, value in settings.items() if value is not None}
     for name in settings.keys() - known.keys():
-        raise SystemExit(f'--{name}: no setting of regime {regime}, which has {", ".join(known) or "none"}')
-    if not 0 <= hybrid <= context:
-        raise SystemExit(f'--hybrid_text_tokens {hybrid}: not between 0 and the context length {context}')
-    sizes = sizes_from(config, stored)
-    with torch.device('meta' if stored else device):              # no memory and no random numbers for what is read
-        decoder = Decoder(sizes).to(dtype)
-    try:
-        with torch.device(device):                                # but the checkpoint may not have this encoder
-            encoder = ENCODERS[regime](sizes, context, **settings).to(dtype)
-    except ValueError as e:
-        raise SystemExit(f'--regime {regime}: {e}')
-    tokenizer = tokenizer_of(source)
-    prompt = getattr(encoder, 'prompt', '')
+        raise ValueError(f'--{name}: not a setting of {regime}, which has {", ".join(known) or "none"}')
+    if not 0 <= hybrid <= context or hybrid == context > 0 and objective == 'reconstruction':
+        raise ValueError(f'--hybrid_text_tokens {hybrid}: must leave some of the {context} context tokens')
+    with explain(f'{source}: config.json does not describe a model'), torch.device('meta' if stored else device):
+        sizes = sizes_from(config)
+        decoder = Decoder(sizes).to(dtype)     # on meta: no memory and no random numbers for what will be read
+    with torch.device(device):                 # the checkpoint may not have this encoder
+        encoder = ENCODERS[regime](sizes, context, **settings).to(dtype)
+    tokenizer, prompt = tokenizer_of(source), getattr(encoder, 'prompt', '')
     for special in set(re.findall(r'<\|.*?\|>', prompt)) - tokenizer.special_tokens_set:
-        raise SystemExit(f'--vision_prompt: the tokenizer has no {special}')
+        raise ValueError(f'--vision_prompt: the tokenizer has no {special}')
     model = Autoencoder(encoder, decoder, objective, tokenizer.encode(prompt, allowed_special='all'), hybrid)
 
     has_encoder = any(name.startswith(VISION if regime == 'vision' else f'{regime}.') for name in stored)
     if stored:
         fill(model if has_encoder else nn.ModuleDict({'decoder': decoder}), regime, stored, device, source)
     if stored and not has_encoder and next(encoder.parameters(), None) is not None:
-        print(f'{source}: no {regime} encoder there, so it starts anew')
+        print(f'{source}: has no {regime} encoder, so it starts from random weights')
     for name, p in known.items():
-        value = getattr(encoder, name, None)                      # what a default of None has come to
+        value = getattr(encoder, name, None)   # the resolved value of a default of None
         settings[name] = value if isinstance(value, (int, float, str)) else settings.get(name, p.default)
     run = {**run, 'regime': regime, 'context': context, 'objective': objective, 'hybrid': hybrid, 'settings': settings,
-           'tokenizer': tokenizer.name, 'pretrained_encoder': has_encoder and run.get('pretrained_encoder', True)}
+           'pretrained_encoder': has_encoder and run.get('pretrained_encoder', True)}
     return model, tokenizer, {**config, 'run': run}
-
 
 def load_run(folder, device='cpu', dtype=torch.float32):
     """load() with the choices that a run was made with."""
-    run = read_json(fetch(folder) / 'config.json').get('run')
-    if run is None:
-        raise SystemExit(f'{folder}: a checkpoint, but not a run of train.py')
-    choices = {key: run[key] for key in ('regime', 'context', 'objective', 'hybrid')}
-    return load(folder, device=device, dtype=dtype, **choices, **run['settings'])
+    with explain(f'{folder}: not a run of train.py'):
+        run = read_json(fetch(folder) / 'config.json')['run']
+        choices = {**run['settings'], **{name: run[name] for name in ('regime', 'context', 'objective', 'hybrid')}}
+        ENCODERS[run['regime']]
+    return load(folder, device=device, dtype=dtype, **choices)
 
-
-@contextmanager
-def writing(path):
-    """Around what writes a file or folder: a full disk, a forbidden place, an unknown format become a SystemExit."""
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as e:         # as each library puts it
-        raise SystemExit(f'{path}: cannot be written ({e})')
-
-
-def write_aside(path, write):
-    """Have write(path) fill a temporary file, flush it to disk, rename it: readers see the old file or the new."""
+def write_atomic(path, write):
+    """Have write(path) fill a temporary file, flush it to disk and rename it, so that `path` is always whole."""
     temporary = path.with_name(path.name + '.tmp')
     try:
-        with writing(path):
+        with explain(f'{path}: cannot be written'):
             write(temporary)
-            with open(temporary, 'rb+') as f:
-                os.fsync(f.fileno())
+            with open(temporary, 'rb+') as file:
+                os.fsync(file.fileno())
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def save(tensors, config, folder, step=0, source=None):
-    """Write released_tensors(), in the dtype that they have, and load()'s config as a checkpoint folder.
+    """Write released_tensors(), in their own dtype, and load()'s config as a checkpoint folder. Raises OSError.
 
-    The file of weights is named after the step, so that the index, written last, goes from one whole checkpoint to the
-    next in a single rename. The tokenizer and the modelling code of the folder `source` are copied along. Raises
-    SystemExit where it cannot write.
+    The weights are renamed last and carry the step. Tokenizer and code are copied from the folder `source`.
     """
-    folder, name = Path(folder), f'model-{step:08d}.safetensors'
+    folder = Path(folder)
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    index = {'metadata': {'total_size': sum(t.nbytes for t in tensors.values()), 'step': step},
-             'weight_map': dict.fromkeys(tensors, name)}
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in [*Path(source).glob('*token*.json'), *Path(source).glob('*.py')] if source else []:
-            shutil.copyfile(file, folder / file.name)
-    write_aside(folder / name, lambda path: safetensors.torch.save_file(tensors, path, {'format': 'pt'}))
-    for file, content in (('config.json', config), ('model.safetensors.index.json', index)):
-        write_aside(folder / file, lambda path: path.write_text(json.dumps(content, indent=1), encoding='utf-8'))
-
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in [*Path(source).glob('*token*.json'), *Path(source).glob('*.py')] if source else []:
+        shutil.copyfile(file, folder / file.name)
+    write_atomic(folder / 'config.json', lambda path: path.write_text(json.dumps(config, indent=1), encoding='utf-8'))
+    write_atomic(folder / 'model.safetensors',
+                 lambda path: safetensors.torch.save_file(tensors, path, {'format': 'pt', 'step': str(step)}))
 
 def main(argv=None):
-    """The command line: load_run() and save() in bf16, into a folder that must not exist yet. Raises SystemExit."""
-    parser = argparse.ArgumentParser(description="Write a run's weights in bf16 under DeepSeek-OCR's names.")
+    """The command line: a run's weights in bf16, in a new folder."""
+    parser = argparse.ArgumentParser(description="Write a run's weights in bf16, with DeepSeek-OCR's names.")
     parser.add_argument('run', help='folder of a run')
     parser.add_argument('--export', required=True, metavar='DIR', help='new folder for the checkpoint')
     args = parser.parse_args(argv)
     if Path(args.export).exists():
-        raise SystemExit(f'{args.export}: exists already')
+        raise ValueError(f'{args.export}: exists already')
     model, _, config = load_run(args.run, dtype=torch.bfloat16)
     save(released_tensors(model, config['run']['regime']), config, args.export, source=args.run)
     print(f'{args.export}: written in bf16')
 
-
 if __name__ == '__main__':
-    main()
+    run_main(main)

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 from decoder import Autoencoder, Decoder, DecoderConfig      # noqa: E402
 from encoders import ENCODERS, VisionConfig                   # noqa: E402
 from load_deepseek import released_tensors                    # noqa: E402
+from render import run_main                                   # noqa: E402
 
 tqdm.set_lock(threading.RLock())                             # its own is shared with forks, and a killed one would keep it for ever
 
@@ -45,6 +46,7 @@ def on_the_cpu(request, monkeypatch):
     if request.module.__name__ != 'test_cuda':
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
         monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+    monkeypatch.delenv('DEBUG', raising=False)
 
 
 @pytest.fixture(scope='session')
@@ -132,6 +134,16 @@ def golden_image(size, k=0):
     c, y, x = torch.meshgrid(torch.arange(3), torch.arange(size), torch.arange(size), indexing='ij')
     pixels = y * (3 + c + k) + x * (5 + 2 * c) + ((x * y) >> (5 + c)) + ((y // (29 + k)) ^ (x // 41)) * 37
     return (pixels & 255).to(torch.uint8)
+
+
+def said(capsys, main, argv):
+    """The one line that a user reads after a mistake on the command line, which ends with a code other than 0."""
+    with pytest.raises(SystemExit) as e:
+        run_main(lambda: main(argv.split() if isinstance(argv, str) else argv))
+    error = capsys.readouterr().err.strip()
+    line = error.split('\n')[-1] if isinstance(e.value.code, int) else e.value.code           # argparse, and run_main
+    assert e.value.code not in (0, None) and '\n' not in line and 'Traceback' not in error, line
+    return line
 
 
 def close(ours, golden, tolerance=1e-5):

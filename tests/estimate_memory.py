@@ -10,6 +10,7 @@ kernel takes for itself, and the CUDA context (about half a GiB). With torch.com
 import sys
 import weakref
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from encoders import ENCODERS, settings_of                    # noqa: E402
+import train                                                  # noqa: E402
 from load_deepseek import load                                # noqa: E402
-from train import flags, make_optimizer                       # noqa: E402
 
 
 class Storages(TorchDispatchMode):
@@ -63,19 +64,11 @@ def hollow_batch(size, context, continuation, side):
             'image': torch.empty(size, 3, side, side, dtype=torch.uint8)}
 
 
-def train_step(model, optimizer, batch, micro_batches, dtype=torch.bfloat16):
-    """What a step of train.py does, with the same batch for each micro-batch; dtype: autocast's, None is none."""
-    device = next(iter(batch.values())).device.type
-    for _ in range(micro_batches):
-        with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
-            losses, _, balance_loss = model(batch)
-        (losses.mean() + balance_loss).backward()
-        del losses, balance_loss
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    if isinstance(optimizer, torch.optim.AdamW):
-        optimizer.found_inf = (~torch.isfinite(norm)).float()
-    optimizer.step()
-    optimizer.zero_grad()
+def step_as_on_cuda(model, optimizer, batch, micro_batches, dtype=torch.bfloat16):
+    """train.py's step on the CPU with autocast to `dtype`, as on CUDA (None is none); each micro-batch is the same batch."""
+    autocast = lambda device: torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+    with patch.object(train, 'autocast', autocast):
+        train.train_step(model, optimizer, [batch] * micro_batches, 1.0, 1.0, torch.device('cpu'))
 
 
 def estimate(model, optimizer, batch, micro_batches=2, dtype=torch.bfloat16):
@@ -85,12 +78,12 @@ def estimate(model, optimizer, batch, micro_batches=2, dtype=torch.bfloat16):
         storages.add(tensor)
     with storages:
         for _ in range(2):
-            train_step(model, optimizer, batch, micro_batches, dtype)
+            step_as_on_cuda(model, optimizer, batch, micro_batches, dtype)
     return storages.peak
 
 
 def main():
-    parser = flags()
+    parser = train.flags()
     parser.set_defaults(model='full', context=1000, continuation=1000)
     args = parser.parse_args()
     settings = {name: vars(args)[name] for encoder in ENCODERS.values() for name in settings_of(encoder)}
@@ -102,7 +95,7 @@ def main():
     with FakeTensorMode():
         hollow(model)
         batch = hollow_batch(args.batch_size, args.context, args.continuation, getattr(model.encoder, 'image_size', 0))
-        optimizer = make_optimizer(model, args.learning_rate, args)
+        optimizer = train.make_optimizer(model, args.learning_rate, args)
         peak = estimate(model, optimizer, batch, min(args.gradient_accumulation_steps, 2))
     print(f'{peak / 1e9:.1f} GB  {" ".join(sys.argv[1:])}')
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import golden_config
 from decoder import Autoencoder, Decoder
-from encoders import ENCODERS, VISION_MODES, settings_of
+from encoders import ENCODERS, VISION_MODES, CLIPBlock, settings_of
 from load_deepseek import PRESETS, load
 
 
@@ -101,6 +101,25 @@ def test_illegal_settings_are_refused(regime, settings, message):
     with pytest.raises(ValueError) as e:
         ENCODERS[regime](golden_config(), 100, **settings)
     assert message in str(e.value) and '\n' not in str(e.value)
+
+
+def test_clip_block_by_its_formula():
+    """With weights of a size at which the 1.702 of the quick GELU shows."""
+    torch.manual_seed(0)
+    C, n, x = 16, 4, torch.randn(2, 5, 16)
+    block = CLIPBlock(C, n, 64).requires_grad_(False)
+    for p in block.parameters():
+        p.normal_(std=0.7)
+    norm = lambda y, layer: (y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() * layer.weight + layer.bias
+    q, k, v = (norm(x, block.layer_norm1) @ block.self_attn.qkv_proj.weight.T + block.self_attn.qkv_proj.bias).chunk(3, dim=-1)
+    heads = []
+    for h in range(n):
+        q_h, k_h, v_h = (t[..., h * C // n:(h + 1) * C // n] for t in (q, k, v))
+        heads.append((q_h @ k_h.mT / (C // n) ** 0.5).softmax(-1) @ v_h)
+    y = x + torch.cat(heads, dim=-1) @ block.self_attn.out_proj.weight.T + block.self_attn.out_proj.bias
+    z = norm(y, block.layer_norm2) @ block.mlp.fc1.weight.T + block.mlp.fc1.bias
+    expected = y + (z / (1 + (-1.702 * z).exp())) @ block.mlp.fc2.weight.T + block.mlp.fc2.bias
+    assert expected.std() > 5 and (block(x) - expected).abs().max() < 1e-4
 
 
 def test_settings_are_the_keywords():

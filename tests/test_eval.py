@@ -1,6 +1,6 @@
-"""The table, the picture, the recall measure, the edit distance, and reading a page."""
+"""The table, the picture, the mask, the edit distance, and reading a page."""
 import argparse
-import csv
+import math
 import random
 import time
 
@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 import eval as evaluation
+from conftest import ROOT, said
 from data import Batches, prepare
 from decoder import Autoencoder
-from load_deepseek import PRESETS, load, released_tensors, save, tokenizer_of
+from load_deepseek import PRESETS, load, load_run, released_tensors, save, tokenizer_of
 
 CPU = torch.device('cpu')
 
@@ -29,44 +30,58 @@ def runs(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize('flag, file', [('--csv', 'nowhere/a.csv'), ('--plot', 'nowhere/a.png'), ('--plot', 'a.doc')])
-def test_a_file_that_cannot_be_written_costs_no_row(runs, tmp_path, capsys, flag, file):
-    with pytest.raises(SystemExit, match='cannot be written'):
-        evaluation.main([str(runs / 'pool'), flag, str(tmp_path / file), '--generate', '0', '--segments', '2'])
+@pytest.mark.parametrize('file', ['nowhere/a.png', 'a.doc'])
+def test_a_picture_that_cannot_be_written_costs_no_row(runs, tmp_path, capsys, file):
+    with pytest.raises(ValueError, match='cannot be written'):
+        evaluation.main([str(runs / 'pool'), '--plot', str(tmp_path / file), '--generate', '0', '--segments', '2'])
     assert f'| {runs / "pool"} |' in capsys.readouterr().out
+
+
+def table(out):
+    """The rows of a Markdown table: {name of the run's folder: {column: text}}."""
+    header, _, *lines = [line.strip('| ').split(' | ') for line in out.splitlines() if line.startswith('|')]
+    assert all(len(line) == len(header) for line in lines)
+    return {line[0].rsplit('/', 1)[1]: dict(zip(header, map(str.strip, line))) for line in lines}
 
 
 def test_the_table(runs, tmp_path, capsys):
     names = ['whole', 'none', 'pool', 'conv', 'page', 'elsewhere']
-    prepare('stdlib', runs / 'code', tokenizer_of('tiny'), 32, 32, 40, 12)
+    prepare(str(ROOT / 'encoders.py'), runs / 'code', tokenizer_of('tiny'), 32, 32, 40, 12)
     model, _, config = load(str(runs / 'whole'), 'text', 32, 'lm')
     config['run']['data'] = str(runs / 'code')
     save(released_tensors(model, 'text'), config, runs / 'elsewhere')
-    evaluation.main([str(runs / name) for name in names] + ['--csv', str(tmp_path / 'a.csv'), '--plot', str(tmp_path / 'a.png'),
-                                                          '--generate', '3'])
+    capsys.readouterr()
+    evaluation.main([str(runs / name) for name in names] + ['--plot', str(tmp_path / 'a.png'), '--generate', '3'])
     out = capsys.readouterr().out
-    with open(tmp_path / 'a.csv', encoding='utf-8') as f:
-        rows = {row['run'].rsplit('/', 1)[1]: row for row in csv.DictReader(f)}
-    assert out.count('--- original') == 18 and all(f'| {rows[name]["PPL"]} |' in out for name in names)
+    rows = table(out)
+    assert list(rows) == names and out.count('--- original') == 18 and 'CER' not in rows['pool']               # too few passages for it
     assert [rows[name]['positions'] for name in names] == ['33', '1', '10', '10', '8', '33']
     assert [rows[name]['ratio'] for name in names] == ['0.97', '32.0', '3.2', '3.2', '4.0', '0.97']
-    assert float(rows['whole']['delta']) == float(rows['elsewhere']['delta']) == 0 and rows['conv']['delta'] == '' == rows['conv']['facts']
-    assert float(rows['pool']['delta']) == pytest.approx(float(rows['pool']['PPL']) - float(rows['whole']['PPL']), abs=2e-3)
+    assert [rows[name]['data'] for name in names] == ['data'] * 5 + ['code']
+    assert rows['pool']['setting'] == 'compression_window_size 4' and rows['none']['setting'] == 'text_context_tokens 0'
+    pages = Batches(runs / 'data', 'val', 12, tokenizer_of('tiny'), 128)[0]
+    assert float(rows['page']['not drawn']) == pytest.approx(pages['lost'].mean().item(), abs=6e-4) and rows['pool']['not drawn'] == ''
     # keys and values of 128 channels in 4 layers at 2 bytes, for each position that the memory is shorter
     assert int(rows['pool']['KV saved']) == (33 - 10) * 2 * 4 * 128 * 2 and float(rows['page']['ms']) > 0
-    assert rows['pool']['encoder parameters'] == '128' and 0 < float(rows['pool']['CER'])
+    with torch.no_grad():
+        for name in ('pool', 'conv'):
+            model = load_run(runs / name)[0].eval()
+            losses, hits, _ = model(Batches(runs / 'data', 'val', 12, tokenizer_of('tiny'))[0])
+            assert float(rows[name]['PPL']) == pytest.approx(losses.mean().exp().item(), abs=2e-3)
+            assert float(rows[name]['accuracy']) == pytest.approx(hits.float().mean().item(), abs=6e-4)
     with Image.open(tmp_path / 'a.png') as image:
         assert image.width > 1000
     prepare('pydoc', tmp_path / 'other', tokenizer_of('tiny'), 64, 32, 10, 2)
-    with pytest.raises(SystemExit, match='made for context 64, not 32'):
+    with pytest.raises(ValueError, match='made for context 64, not 32'):
         evaluation.row_of(str(runs / 'pool'), arguments(data=str(tmp_path / 'other')), CPU)
     assert len(evaluation.row_of(str(runs / 'pool'), arguments(segments=6, generate=20), CPU)[1]) == 6
+    assert 'only 6 passages' in capsys.readouterr().err
     result = evaluation.row_of(str(runs / 'page'), arguments(font_size=9), CPU)[0]
     assert 'font_size 9' in result['setting'] and str(result['PPL']) != rows['page']['PPL']
 
 
 def arguments(**changes):
-    return argparse.Namespace(**dict(data=None, segments=None, generate=0, kept=None, font=None, font_size=None, line_spacing=None,
+    return argparse.Namespace(**dict(data=None, segments=None, generate=0, font=None, font_size=None, line_spacing=None,
                                      batch_size=5, workers=0) | changes)
 
 
@@ -85,35 +100,30 @@ def test_positions_and_ratios_of_the_paper(monkeypatch):
         model, _, _ = load('thin', regime, 1000, **settings)
         size = getattr(model.encoder, 'image_size', 64)
         prefix = model.prefix({**batch, 'image': torch.zeros(1, 3, size, size)})
-        assert prefix.shape[1] == positions and round(1000 / positions, 2) == ratio and torch.isfinite(prefix).all()
-        assert ('reconstruction', regime, positions) in evaluation.PUBLISHED or ratio > 80 or regime == 'text'
+        assert prefix.shape[1] == positions and evaluation.compression_ratio(1000, positions) == ratio and torch.isfinite(prefix).all()
 
 
-def test_sums_are_over_all_tokens(runs):
-    """Accuracy, exact segments and the two losses of the recall measure by hand, at any batch size."""
+def test_sums_are_over_all_tokens_that_count(runs):
+    """Loss, perplexity and accuracy by hand, at any batch size and split among processes, with a mask and without."""
     model, tokenizer, _ = load('tiny', 'meanpool', 32, 'lm')
-    facts = lambda batch: batch['continuation'] % 3 == 0
+    third = lambda batch: batch['continuation'] % 3 == 0
     whole = Batches(runs / 'data', 'val', 12, tokenizer)[0]
     with torch.no_grad():
         losses, hits, _ = model.eval()(whole)
     for batch_size in (1, 5, 12):
-        result = evaluation.evaluate(model, Batches(runs / 'data', 'val', batch_size, tokenizer), CPU, facts=facts)
-        expected = (losses.mean(), hits.float().mean(), hits.all(dim=1).float().mean(), losses[facts(whole)].mean(), losses[~facts(whole)].mean())
-        assert [result[k] for k in ('loss', 'accuracy', 'exact', 'facts', 'rest')] == pytest.approx([x.item() for x in expected], abs=1e-5)
+        batches = Batches(runs / 'data', 'val', batch_size, tokenizer)
+        for mask in (None, third):
+            result = evaluation.evaluate(model, batches, CPU, mask=mask)
+            counted = mask(whole) if mask else torch.ones_like(hits)
+            loss = losses[counted].mean().item()
+            assert list(result) == ['loss', 'ppl', 'accuracy']
+            assert list(result.values()) == pytest.approx([loss, math.exp(loss), hits[counted].float().mean().item()], rel=1e-4, abs=1e-5)
+    page, pages = load_run(runs / 'page')[0], Batches(runs / 'data', 'val', 5, tokenizer, 128)
+    lost = torch.cat([pages[n]['lost'] for n in range(3)])
+    assert 0.1 < lost.mean() and evaluation.evaluate(page, pages, CPU)['lost'] == pytest.approx(lost.mean().item(), abs=1e-6)
 
 
-def test_fact_tokens():
-    tokenizer = tokenizer_of('tiny')
-    ids = lambda text: torch.tensor([tokenizer.encode_ordinary(text)])
-    context = 'the key Ada is 1815, the word zeugma and the Turing of late'
-    continuation = 'so Ada had 1815 the zeugma: Ada, 99 Turing key'
-    mask = evaluation.fact_tokens({'context': ids(context), 'continuation': ids(continuation)}, tokenizer, 14, {b'the', b'key', b'so'})
-    marked = ''.join(c if m else '_' for c, m in zip(continuation, mask[0]))
-    assert marked == '___Ada_____1815_____zeugma____________________'        # known words, late ones and second mentions do not count
-    assert evaluation.words(tokenizer, ids('né a1')[0].tolist()) == [(b'n\xc3\xa9', 0, 3), (b'a1', 4, 6)]
-
-
-def test_edit_distance_and_alignment(capsys):
+def test_edit_distance_and_passages(capsys):
     rng = random.Random(0)
 
     def by_definition(a, b):
@@ -125,7 +135,9 @@ def test_edit_distance_and_alignment(capsys):
         assert evaluation.edit_distance(a, b) == by_definition(a, b), (a, b)
     assert evaluation.edit_distance('kitten', 'sitting') == 3
     evaluation.show('one\ntwo', 'on\ntwos', 'lm')
-    assert capsys.readouterr().out.splitlines()[-3:] == ['one⏎two·', 'on·⏎twos', '  ^    ^']
+    assert capsys.readouterr().out == '\n--- original, and under it its lm\none⏎two\non⏎twos\n\n'
+    evaluation.show('a' * 12, 'b' * 7, 'lm', width=5)
+    assert capsys.readouterr().out.split('lm\n')[1] == 'aaaaa\nbbbbb\n\naaaaa\nbb\n\naa\n\n\n'
 
 
 @pytest.mark.parametrize('mode, vectors', [('tiny', 73), ('small', 111), ('base', 273), ('large', 421)])
@@ -150,17 +162,15 @@ def test_reading_a_page(released, tmp_path, monkeypatch, capsys, mode, vectors):
     assert image[2, S // 2].tolist() == ([255, 0, 0] if S <= 640 else [127, 127, 127])
 
 
-def test_a_page_that_cannot_be_read(released, tmp_path, runs):
+def test_a_page_that_cannot_be_read(released, tmp_path, capsys):
     (tmp_path / 'empty.png').write_bytes(b'')
     (tmp_path / 'text.png').write_text('no image')
     Image.new('1', (30_000, 30_000)).save(tmp_path / 'huge.png')
     Image.new('1', (30, 30)).save(tmp_path / 'good.png')
     for flags in (['--image', 'empty.png'], ['--image', 'text.png'], ['--image', 'huge.png'], ['--image', 'missing.png'],
                   ['--image', 'good.png', '--prompt', '<|nothing|>Read.'], ['--image', 'good.png', '--vision_mode', '100']):
-        with pytest.raises(SystemExit) as e:
-            evaluation.main(['--model', str(released), *flags[:1], str(tmp_path / flags[1]), *flags[2:]])
-        said = str(e.value.code)
-        assert '\n' not in said and any(word in said for word in ('no image', '<|nothing|>', 'vision_mode 100')), said
+        line = said(capsys, evaluation.main, ['--model', str(released), *flags[:1], str(tmp_path / flags[1]), *flags[2:]])
+        assert any(word in line for word in (f'{flags[1]}: not an image', '<|nothing|>', 'vision_mode 100')), line
 
 
 def test_generation_is_fast_in_the_length_and_alike_in_any_batch():

@@ -1,8 +1,11 @@
-"""What the README says about the code is so: files, line counts, flags, links, and the diff that adds a compressor."""
+"""What the README says about the code is so: its size, the flags in its commands, its links."""
+import ast
+import io
 import re
 import shutil
 import subprocess
 import sys
+import tokenize
 
 import pytest
 import data
@@ -11,9 +14,45 @@ import load_deepseek
 import render
 import train
 from conftest import ROOT
+from encoders import ENCODERS, settings_of
 
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
+FILES = ('render.py', 'encoders.py', 'decoder.py', 'data.py', 'load_deepseek.py', 'train.py', 'eval.py')
 PROGRAMS = {'train.py': train, 'eval.py': evaluation, 'data.py': data, 'render.py': render, 'load_deepseek.py': load_deepseek}
+OLD = pytest.mark.skipif('--csv' in README, reason='the README is still that of the code before')
+CODE_LINES, LINES, README_LINES = 1_300, 1_760, 180           # ceilings; a fork with an encoder of its own may raise the first two
+
+
+def code_lines(source):
+    """Lines that are not blank, not comment and not docstring."""
+    code = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER):
+            code.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False) is not None:
+            code.difference_update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(code)
+
+
+def test_code_lines_are_counted_as_they_should():
+    assert code_lines('"""A module\n\nof lines."""\nimport a   # why\n\n# no\ndef f():\n    """Doc."""\n    x = """not\n    doc"""\n    return (\n        1)\n') == 6
+
+
+def test_size():
+    sources = [(ROOT / name).read_text(encoding='utf-8') for name in FILES]
+    code, lines = sum(map(code_lines, sources)), sum(len(source.splitlines()) for source in sources)
+    assert code <= CODE_LINES and lines <= LINES, f'{code} lines of code and {lines} lines in all; for a fork, raise CODE_LINES and LINES'
+    assert not [line for source in sources for line in source.splitlines() if len(line) > 120]
+    for source in sources:
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef) and node.name != 'main':
+                assert node.end_lineno - node.lineno < 50, node.name
+
+
+@OLD
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= README_LINES
 
 
 def flags_of(program, capsys):
@@ -22,44 +61,41 @@ def flags_of(program, capsys):
     return set(re.findall(r'--[\w-]+', capsys.readouterr().out)) - {'--help', '--flag'}
 
 
-def test_line_counts():
-    rows = re.findall(r'^\| `(\w+\.py)` \| (\d+) \|', README, re.MULTILINE)
-    ours = {name: len((ROOT / name).read_text(encoding='utf-8').splitlines()) for name, _ in rows}
-    assert {name: int(n) for name, n in rows} == ours and set(ours) == {'encoders.py', 'decoder.py', *PROGRAMS}
-    assert f'{sum(ours.values()):,} lines' in README
-
-
+@OLD
 def test_flags(capsys):
+    """Every flag in a command of the README or of a file's docstring exists; every setting of an encoder is a flag with a help text."""
     known = {name: flags_of(program, capsys) for name, program in PROGRAMS.items()}
-    table = README[README.index('## The flags'):].split('\n## ')[0]
-    asked = {flag for flag in known['train.py'] if not flag.startswith('--no-')} - {'--train-encoder'}
-    missing = asked - set(re.findall(r'--[\w-]+', table))
-    assert not missing, missing
-    assert len({flag for flag in known['train.py'] if not flag.startswith('--no-')}) <= 45
-    for line in re.findall(r'^(?:\S+=\S+ )*(?:\.venv/bin/)?(?:python|torchrun)[^\n]*?(\w+\.py)(.*)$', README.replace('\\\n', ' '), re.MULTILINE):
-        if line[0] in known:
-            unknown = set(re.findall(r'--[\w-]+', line[1].split('#')[0])) - known[line[0]] - {'--keep_every'}
-            assert not unknown, line
-    everything = set().union(*known.values()) | {'--keep_every', '--nproc_per_node', '--help'}
-    assert set(re.findall(r'--[a-z][\w-]+', README)) <= everything
+    settings = {name for encoder in ENCODERS.values() for name in settings_of(encoder)}
+    assert {f'--{name}' for name in settings} <= known['train.py']
+    for encoder in ENCODERS.values():
+        for name in settings_of(encoder):
+            assert re.search(rf'\b{name}: \w', encoder.__doc__), (encoder, name)
+    texts = [README] + [(ROOT / name).read_text(encoding='utf-8').split('"""')[1] for name in PROGRAMS]
+    own = set(re.findall(r'\*, (\w+): ', README))                           # the setting of the compressor that the README adds
+    for text in texts:
+        for name, rest in re.findall(r'(?:python3?|uv run|torchrun)[^\n]*? (\w+\.py)([^\n]*)', text.replace('\\\n', ' ')):
+            if name in known:
+                unknown = set(re.findall(r'(?<!\w)--[a-z][\w-]+', rest.split('#')[0])) - known[name] - {f'--{setting}' for setting in own}
+                assert not unknown, (name, rest)
 
 
-def test_links_and_names():
+def test_links():
     for target in re.findall(r'\]\(([^)#]+)\)|src="([^"]+)"', README):
         target = ''.join(target)
         assert target.startswith('https://') or (ROOT / target).exists(), target
-    for name, symbol in re.findall(r'`(\w+\.py)`, `([\w.]+)`', README):
-        source = (ROOT / name).read_text(encoding='utf-8')
-        for part in symbol.split('.'):
-            assert re.search(rf'(def|class) {part}\b|^{part} = ', source, re.MULTILINE), (name, symbol)
 
 
+@OLD
+@pytest.mark.skipif('```diff' not in README, reason='the README has no diff')
 def test_the_diff_that_adds_a_compressor(tmp_path):
-    for name in ('encoders.py', 'decoder.py', *PROGRAMS):
+    diff = re.search(r'```diff\n(.*?)```', README, re.DOTALL)[1]
+    regime = re.search(r"^\+.*'(\w+)': \w+", diff, re.MULTILINE)[1]
+    if regime in ENCODERS:
+        pytest.skip('applied already')
+    for name in FILES:
         shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / 'a.diff').write_text(re.search(r'```diff\n(.*?)```', README, re.DOTALL)[1], encoding='utf-8')
+    (tmp_path / 'a.diff').write_text(diff, encoding='utf-8')
     subprocess.run(['git', 'apply', 'a.diff'], cwd=tmp_path, check=True)
-    command = [sys.executable, 'train.py', '--regime', 'stride', '--keep_every', '8', '--steps', '2', '--context', '32', '--continuation', '32',
-               '--data', 'encoders.py']
+    command = [sys.executable, 'train.py', '--regime', regime, '--steps', '2', '--context', '32', '--continuation', '32', '--data', 'encoders.py']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "stride {'keep_every': 8}" in done.stdout, done.stderr
+    assert done.returncode == 0 and f'out/{regime}: {regime}' in done.stdout, done.stderr

@@ -55,7 +55,8 @@ def test_known_ids(pair):
     ours, _ = pair
     assert ours.encode_ordinary('# 120s\nThe 120s was a decade')[:3] == [5, 223, 4870]
     assert ours.encode_ordinary('\nFree OCR.') == [201, 21431, 126041, 16]   # the prompt behind the paper's 278 and 78 positions
-    assert len(ours.encode_ordinary('<｜begin▁of▁sentence｜>')) > 1           # special strings in a text are text
+    for special in ('<｜begin▁of▁sentence｜>', '<think>', '<|EOT|>'):    # special strings in a text are text
+        assert special in ours.special_tokens_set and len(encode(ours, f'a {special}')) > 2
 
 
 def test_bytes():
@@ -65,6 +66,8 @@ def test_bytes():
         ids = tokenizer.encode_ordinary(text)
         assert ids == [3 + b for b in text.encode('utf-8')]
         assert tokenizer.decode(ids) == text
+    for special in ('<bos>', '<eos>', '<pad>'):
+        assert encode(tokenizer, f'a{special}b').tolist() == [3 + b for b in f'a{special}b'.encode()]
 
 
 def test_smollm2s_kind(tmp_path):
@@ -89,6 +92,6 @@ def test_smollm2s_kind(tmp_path):
 def test_another_family_is_refused(tmp_path):
     for content in ('{}', 'no json', '{"pre_tokenizer": {"pretokenizers": []}, "model": {"vocab": {}, "merges": []}, "added_tokens": []}'):
         (tmp_path / 'tokenizer.json').write_text(content, encoding='utf-8')
-        with pytest.raises(SystemExit) as e:
+        with pytest.raises(ValueError) as e:
             load_tokenizer(tmp_path / 'tokenizer.json')
         assert 'tokenizer.json' in str(e.value)

@@ -6,7 +6,8 @@ import signal
 import pytest
 import torch
 import torch.nn as nn
-from conftest import golden_model
+from safetensors.torch import load_file
+from conftest import golden_model, said
 import encoders
 import eval as evaluation
 import train
@@ -50,32 +51,30 @@ def test_schedule(loss_golden):
 
 @pytest.mark.parametrize('name', ['meanpool_single_group', 'conv_two_groups'])
 def test_trajectory(weights, loss_golden, name):
-    """Six steps of two micro-batches, as the authors take them: there the balance loss is not divided by the accumulation."""
+    """Six steps of two micro-batches, as the authors take them: there the balance loss is not divided by the accumulation, so it is doubled."""
     g, description = loss_golden
     case = description['trajectories'][name]
     regime, settings = ('meanpool', {'compression_window_size': 9}) if 'meanpool' in name else ('conv1d_residual', {'compression_target': 125})
     model = golden_model(weights, regime, 1000, 'lm', **settings).train()
     rates = (1e-3, 1e-3) if 'meanpool' in name else (1e-4, 1e-3)
-    optimizer = torch.optim.AdamW([{'params': list(part.parameters()), 'peak': rate} for part, rate in zip((model.encoder, model.decoder), rates)],
-                                  weight_decay=0.01)
+    for layer in model.decoder.layers[1:]:
+        layer.mlp.alpha *= 2
+    args = train.flags().parse_args(['--learning_rate', str(rates[1])])                            # all else as by default
+    optimizer = train.make_optimizer(model, rates[0], args)
     for step, expected in enumerate(case['steps']):
-        for group in optimizer.param_groups:
-            group['lr'] = group['peak'] * train.learning_rate_scale(step, 6, 0.34)
-        for a in range(2):
-            batch = {key: g[f'traj.{short}{2 * step + a}'].long() for key, short in (('context', 'ctx'), ('continuation', 'cont'))}
-            token_losses, _, balance = model(batch)
-            (token_losses.mean() / 2 + balance).backward()
-            assert token_losses.mean().item() == pytest.approx(expected['micro_losses'][a], abs=1e-3)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        assert norm.item() == pytest.approx(expected['grad_norm_before_clip'], rel=1e-3)
-        optimizer.step()
-        optimizer.zero_grad()
+        batches = [{key: g[f'traj.{short}{2 * step + a}'].long() for key, short in (('context', 'ctx'), ('continuation', 'cont'))}
+                   for a in range(2)]
+        scale = train.learning_rate_scale(step, 6, 0.34)
+        loss, norm = train.train_step(model, optimizer, batches, scale, args.max_grad_norm, torch.device('cpu'))
+        assert loss.item() == pytest.approx(sum(expected['micro_losses']) / 2, abs=1e-4)
+        assert norm.item() == pytest.approx(expected['grad_norm_before_clip'], rel=1e-4)
+        assert [group['lr'] for group in optimizer.param_groups] == pytest.approx(expected['lr'] * (2 // len(expected['lr'])), rel=1e-9)
     separator = 'meanpool_separator' if 'meanpool' in name else 'conv1d_residual_separator'
-    assert (model.encoder.separator - g[f'traj.{name}.{separator}.after']).abs().max() < 1e-4
-    assert (model.decoder.norm.weight - g[f'traj.{name}.model.norm.weight.after']).abs().max() < 1e-4
+    assert (model.encoder.separator - g[f'traj.{name}.{separator}.after']).abs().max() < 1e-5
+    assert (model.decoder.norm.weight - g[f'traj.{name}.model.norm.weight.after']).abs().max() < 1e-5
     model.eval()
     final = model({'context': g['context'], 'continuation': g['continuation']})[0].mean().item()
-    assert final == pytest.approx(case['final_eval_loss_on_context_continuation'], abs=1e-3)
+    assert final == pytest.approx(case['final_eval_loss_on_context_continuation'], abs=1e-4)
 
 
 @pytest.mark.parametrize('objective', ['reconstruction', 'lm'])
@@ -131,7 +130,7 @@ def test_resume_is_exact(corpus, tmp_path, capsys, monkeypatch):
     assert log[-1]['val_loss'] == whole[-1]['val_loss'] and log[-1]['best_val_loss'] == min(line['val_loss'] for line in log if 'val_loss' in line)
     train.main(['--resume', '--output_dir', str(tmp_path / 'parts')])                              # of a run that is at its end
     assert len((tmp_path / 'parts' / 'log.jsonl').read_text(encoding='utf-8').splitlines()) == len(log)
-    assert capsys.readouterr().out.endswith('has its 9 steps; --steps sets more\n')
+    assert capsys.readouterr().out.endswith('has its 9 steps; set more with --steps\n')
     for (name, a), (_, b) in zip(load_run(tmp_path / 'whole')[0].named_parameters(), load_run(tmp_path / 'parts')[0].named_parameters()):
         assert torch.equal(a, b), name
 
@@ -142,7 +141,7 @@ def test_a_resumed_run_takes_new_flags_where_it_can(corpus, tmp_path):
     train.main(['--resume', '--output_dir', str(out), '--steps', '4', '--learning_rate', '0'])
     log = [json.loads(line) for line in (out / 'log.jsonl').read_text(encoding='utf-8').splitlines()]
     assert [line['lr'] > 0 for line in log if 'lr' in line] == [True, True, False, False]
-    with pytest.raises(SystemExit, match='of other flags'):
+    with pytest.raises(ValueError, match='Adafactor-00000004.pt: missing or damaged'):
         train.main(['--resume', '--output_dir', str(out), '--steps', '5', '--optimizer', 'adafactor'])
 
 
@@ -191,7 +190,7 @@ def test_a_new_encoder_is_a_class_and_a_line(corpus, tmp_path, capsys, monkeypat
     assert 'keep_every 8, scaled True | 5 | 6.4 |' in capsys.readouterr().out                                  # BOS and 4 of 32 tokens
     model, _, config = load_run(tmp_path / 'run')
     assert config['run']['settings'] == {'keep_every': 8, 'scaled': True} and not torch.equal(model.encoder.scale, torch.ones(128))
-    assert 'stride.scale' in read_json(tmp_path / 'run' / 'model.safetensors.index.json')['weight_map']
+    assert 'stride.scale' in load_file(tmp_path / 'run' / 'model.safetensors')
     args = train.parse_args(['--model', str(tmp_path / 'run'), '--no-scaled'])
     assert (args.keep_every, args.scaled) == (8, False)
 
@@ -223,8 +222,9 @@ def test_batch_n_is_a_function_of_seed_and_n(corpus):
     a, b = make(), make()
     assert torch.equal(a[1000]['context'], b[1000]['context'])                                     # epochs later, asked for first
     assert not torch.equal(a[0]['context'], make(seed=2)[0]['context'])
-    epoch = [a.segment(i) for i in range(a.n)]
-    assert sorted(epoch) == list(range(a.n)) and epoch != [a.segment(a.n + i) for i in range(a.n)]
+    rows = [i for n in range(a.n * 2 // 16) for i in a.rows(n)]
+    epoch, second = rows[:a.n], rows[a.n:]
+    assert sorted(epoch) == sorted(second) == list(range(a.n)) and epoch != second
     val = make(split='val')
     rows = torch.cat([val[i]['context'] for i in range(len(val))])
     assert len(rows) == val.n
