@@ -57,13 +57,13 @@ def evaluate(model, batches, device, workers=0, rank=0, world=1, progress=False,
             losses, hits, _ = model(to_device(batch, device))
         counted = mask(batch).to(device) if mask else torch.ones_like(hits)
         lost = batch['lost'].sum() if 'lost' in batch else 0
-        sums += torch.tensor([losses[counted].double().sum(), hits[counted].sum(), counted.sum(), lost, len(hits)])
+        sums += torch.tensor([losses[counted].double().sum(), hits[counted].sum(), lost, counted.sum(), len(hits)])
     if world > 1:
         sums = sums.to(device)
         torch.distributed.all_reduce(sums)
-    loss, hits, tokens, lost, segments = sums.tolist()
-    result = {'loss': loss / tokens, 'ppl': exp(min(loss / tokens, 700)), 'accuracy': hits / tokens}
-    return {**result, 'lost': lost / segments} if batches.image_size else result
+    loss, accuracy, lost = (sums[:3] / sums[[3, 3, 4]]).tolist()
+    result = {'loss': loss, 'ppl': exp(min(loss, 700)), 'accuracy': accuracy}
+    return {**result, 'lost': lost} if batches.image_size else result
 
 def text_of(ids, tokenizer, eos=()):
     """Token ids as text, up to the first id in `eos`; ids outside the vocabulary are dropped."""

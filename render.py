@@ -52,11 +52,10 @@ def ink_width(font, line):
 
 def wrap(words, font, width):
     """Yield lines as lists of (x, word) with the pen at x: greedy, at most `width` pixels of ink in each."""
-    line, x, space = [], 0, advance(font, ' ')
+    line, x, space, near = [], 0, advance(font, ' '), font.size     # the ink ends near the pen
     for word in words:
         end = x + advance(font, word)
-        near = abs(end - width) <= font.size   # only there the ink, which ends near the pen, has to be measured
-        if line and (ink_width(font, [*line, (x, word)]) > width if near else end > width):
+        if line and end > width - near and (end > width + near or ink_width(font, [*line, (x, word)]) > width):
             yield line
             line, x, end = [], 0, advance(font, word)
         line.append((x, word))

@@ -23,11 +23,11 @@ batch = {'context': torch.zeros(1, T, dtype=torch.long), 'image': torch.from_num
 
 
 def vectors(regime, **settings):
-    """How many the encoder really makes of this context."""
+    """How many vectors the encoder makes of this context."""
     return ENCODERS[regime](config, T, **settings)(batch, torch.nn.Embedding(259, config.hidden_size)).shape[1]
 
 
-figure, axes = plt.subplots(2, 3, figsize=(11, 5.6), height_ratios=(5, 1.5), layout='constrained')
+figure, axes = plt.subplots(2, 3, figsize=(11, 6.4), height_ratios=(5, 2.4), layout='constrained')
 for ax in axes.flat:
     ax.axis('off')
 
@@ -35,7 +35,7 @@ ax = axes[0, 0]
 ax.imshow(page)
 for i in range(0, 641, 64):
     ax.plot([i, i], [0, 640], color=INK, lw=0.6), ax.plot([0, 640], [i, i], color=INK, lw=0.6)
-ax.set_title('vision: the context as a page of 640 pixels,\nSAM, CLIP and a projector make a vector of each square', size=9)
+ax.set_title('vision: a page of 640 pixels; SAM, CLIP and a\nprojector turn each square into a vector', size=9)
 
 ax = axes[0, 1]
 rng = np.random.default_rng(0)
@@ -46,7 +46,7 @@ for row in range(3):
     ax.add_patch(plt.Rectangle((11.4, -row * 2.2), 0.95, 0.95, color=INK))
 ax.text(1.4, -6.3, '...')
 ax.set(xlim=(-0.5, 13), ylim=(-7.5, 1.5), aspect='equal')
-ax.set_title('meanpool: the mean embedding\nof every nine tokens', size=9)
+ax.set_title('meanpool: the mean embedding\nof each nine tokens', size=9)
 
 ax = axes[0, 2]
 for level, length in enumerate((1000, 500, 250, 125)):
@@ -57,13 +57,14 @@ for level, length in enumerate((1000, 500, 250, 125)):
 ax.set(xlim=(-540, 540), ylim=(-8, 2))
 ax.set_title('conv1d_residual: blocks of convolutions,\neach of which halves the length', size=9)
 
-for ax, (regime, settings, newline) in zip(axes[1], (('vision', {'vision_mode': 'small'}, 11), ('meanpool', {'compression_window_size': 9}, 0),
-                                                     ('conv1d_residual', {'compression_target': 125}, 0))):
+memories = (('vision', {'vision_mode': 'small'}), ('meanpool', {'compression_window_size': 9}),
+            ('conv1d_residual', {'compression_target': 125}))
+for ax, (regime, settings) in zip(axes[1], memories):
     n = vectors(regime, **settings)
     for i in range(n):
-        special = i == n - 1 or newline and i % newline == newline - 1
-        ax.add_patch(plt.Rectangle((i % 22, -(i // 22)), 0.8, 0.8, lw=0, color=LAST if special else INK))
-    ax.set(xlim=(-0.5, 22.5), ylim=(-6.3, 1.3), aspect='equal')
-    ax.set_title(f'{n} vectors' + (', of them 10 newlines and a separator' if newline else ', the last a separator'), size=9)
-figure.suptitle('1000 tokens of context, three ways into the same decoder:  [BOS] memory | target', size=11)
+        special = i == n - 1 or regime == 'vision' and i % 11 == 10               # a row of the page: 10 and a newline
+        ax.add_patch(plt.Rectangle((i % 11, -(i // 11)), 0.8, 0.8, lw=0, color=LAST if special else INK))
+    ax.set(xlim=(-0.5, 11.5), ylim=(-11.3, 1.3), aspect='equal')
+    ax.set_title(f'{n} vectors' + (', with 10 newlines and a separator' if regime == 'vision' else ', with a separator'), size=9)
+figure.suptitle('Three ways from 1000 tokens into the same decoder, which reads:  [BOS] memory | target', size=11)
 figure.savefig(Path(__file__).with_suffix('.png'), dpi=100)

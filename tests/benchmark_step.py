@@ -59,13 +59,22 @@ def seconds(model, ids, target, all_logits=False):
     return time.perf_counter() - start, loss.item()
 
 
+def forward_flops(model, positions, targets):
+    """FLOPs of a forward pass over a sequence: 2 per weight and position that uses it (logits at the targets only), and causal
+    attention, in which a position sees half of the others."""
+    c, share = model.config, model.config.num_experts_per_tok / model.config.n_routed_experts
+    weights = sum(p.numel() * (share if p.dim() == 3 else 1) for p in model.layers.parameters())        # 3 dims: experts
+    attention = c.num_hidden_layers * c.hidden_size * positions
+    return 2 * (positions * (weights + attention) + targets * c.hidden_size * c.vocab_size)
+
+
 def main():
     torch.manual_seed(0)
     model = decoder.Decoder(decoder.DecoderConfig(
         vocab_size=8192, hidden_size=512, intermediate_size=2048, moe_intermediate_size=224, num_hidden_layers=4,
         num_attention_heads=8, num_key_value_heads=8))
     data = torch.randint(0, 8192, (B, T)), torch.randint(0, 8192, (B, TARGETS))
-    gflop = 3 * B * model.forward_flops(T, TARGETS) / 1e9
+    gflop = 3 * B * forward_flops(model, T, TARGETS) / 1e9
     square, times, losses = torch.randn(2048, 2048), {'ours': [], 'loop': [], 'plain': []}, {}
     rates = []
     for _ in range(6):
