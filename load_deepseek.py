@@ -100,7 +100,7 @@ def tokenizer_of(source):
 def sizes_from(config):
     """config.json, as a dict, to a DecoderConfig with its VisionConfig. Raises ValueError for what is not SUPPORTED."""
     language = config.get('language_config', config)
-    language = {**language, **(language.get('rope_parameters') or language.get('rope_scaling') or {})}  # new, old place
+    language = {**language, **(language.get('rope_scaling') or {}), **(language.get('rope_parameters') or {})}
     for name, values in SUPPORTED.items():
         if language.get(name) not in (None, *values):
             raise ValueError(f'config.json: {name} {language[name]!r} is not supported')

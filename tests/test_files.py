@@ -491,12 +491,17 @@ def test_the_rope_theta_of_either_place(change, theta):
 
 
 @pytest.mark.parametrize('change, name', [
-    ({'rope_parameters': {'rope_theta': 1e5, 'rope_type': 'yarn', 'factor': 4.0}}, 'yarn'), ({'rope_parameters': {'rope_type': 'llama3', 'factor': 8.0}}, 'llama3'),
-    ({'rope_scaling': {'type': 'linear', 'factor': 2.0}}, 'linear'), ({'rope_scaling': {'rope_type': 'dynamic', 'factor': 2.0}}, 'dynamic'),
-    ({'rope_scaling': {'factor': 2.0}}, 'factor'), ({'attention_bias': True}, 'attention_bias'), ({'mlp_bias': True}, 'mlp_bias'), ({'head_dim': 16}, 'head_dim'),
-    ({'hidden_act': 'gelu'}, 'hidden_act'), ({'sliding_window': 4096}, 'sliding_window'), ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor'),
-    ({'model_type': 'qwen3'}, 'qwen3'), ({'model_type': 'gemma'}, 'gemma'), ({'use_mla': True}, 'use_mla'), ({'scoring_func': 'sigmoid'}, 'scoring_func'),
-    ({'norm_topk_prob': True}, 'norm_topk_prob'), ({'routed_scaling_factor': 2.5}, 'routed_scaling_factor'), ({'topk_method': 'noaux_tc'}, 'topk_method'),
+    ({'rope_parameters': {'rope_theta': 1e5, 'rope_type': 'yarn', 'factor': 4.0}}, 'yarn'),
+    ({'rope_parameters': {'rope_type': 'llama3', 'factor': 8.0}}, 'llama3'),
+    ({'rope_parameters': {'rope_theta': 1e5}, 'rope_scaling': {'type': 'yarn', 'factor': 4.0}}, 'yarn'),
+    ({'rope_scaling': {'type': 'linear', 'factor': 2.0}}, 'linear'),
+    ({'rope_scaling': {'rope_type': 'dynamic', 'factor': 2.0}}, 'dynamic'),
+    ({'rope_scaling': {'factor': 2.0}}, 'factor'), ({'attention_bias': True}, 'attention_bias'),
+    ({'mlp_bias': True}, 'mlp_bias'), ({'head_dim': 16}, 'head_dim'), ({'hidden_act': 'gelu'}, 'hidden_act'),
+    ({'sliding_window': 4096}, 'sliding_window'), ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor'),
+    ({'model_type': 'qwen3'}, 'qwen3'), ({'model_type': 'gemma'}, 'gemma'), ({'use_mla': True}, 'use_mla'),
+    ({'scoring_func': 'sigmoid'}, 'scoring_func'), ({'norm_topk_prob': True}, 'norm_topk_prob'),
+    ({'routed_scaling_factor': 2.5}, 'routed_scaling_factor'), ({'topk_method': 'noaux_tc'}, 'topk_method'),
     ({'moe_layer_freq': 2}, 'moe_layer_freq')])
 def test_what_the_decoder_does_not_do_is_refused_by_name(change, name):
     for config in ({**LLAMA, **change}, {'language_config': {**LLAMA, **change}}):
