@@ -7,8 +7,8 @@ Documents to token segments on disk, once; segments to batches, as they are need
     DIR/train.bin, val.bin     token ids, uint16 or uint32, one segment of context + continuation tokens after another
     DIR/meta.json              the source, the tokenizer, the lengths, and counts of what was used and left out
 
-A document is cut into segments without overlap, and all of them go to the same side of the split. Pages are drawn when
-a batch is made: 510,000 segments of 2,000 tokens take 4.1 GB, where 828 GB of PNGs would have to be stored.
+The segments of a document do not overlap and are all on the same side of the split. Pages are drawn when a batch is
+made: 510,000 segments of 2,000 tokens take 4.1 GB on disk, their pages as PNG 828 GB.
 """
 import argparse
 import hashlib
@@ -18,7 +18,6 @@ import re
 import signal
 import tempfile
 from collections import Counter
-from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 
@@ -28,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from load_deepseek import read_json, tokenizer_of
-from render import explain, read_text, render_page, run_main
+from render import check, explain, read_text, render_page, run_main
 
 KINDS = {'.txt', '.md', '.py', '.jsonl', '.parquet'}
 # Pieces of a text, cut after a line end where there is one: a tokenizer overflows its stack on a million equal letters.
@@ -39,17 +38,16 @@ def find_files(source):
     if source == 'finewiki':
         hub = {'repo_id': 'HuggingFaceFW/finewiki', 'repo_type': 'dataset'}
         with explain('finewiki: not found on the hub'):
-            for name in sorted(huggingface_hub.HfApi().list_repo_files(**hub)):
-                if 'enwiki' in name and name.endswith('.parquet'):
-                    yield Path(huggingface_hub.hf_hub_download(filename=name, **hub))
+            names = huggingface_hub.HfApi().list_repo_files(**hub)
+            for name in sorted(name for name in names if re.search(r'enwiki.*\.parquet$', name)):
+                yield Path(huggingface_hub.hf_hub_download(filename=name, **hub))
         return
     root = Path(source)
     paths = [path for path in [root, *sorted(root.rglob('*'))] if path.suffix in KINDS and path.is_file()]
-    if not paths:
-        raise ValueError(f'{source}: ' + (f'no {" ".join(sorted(KINDS))} files' if root.exists() else 'does not exist'))
+    check(paths, f'{source}: ' + (f'no {" ".join(sorted(KINDS))} files' if root.exists() else 'does not exist'))
     yield from paths
 
-def records(path, field, lone, skip):
+def records(path, wanted, lone, skip):
     """Yield the records of a file as dicts. A text file is one with "text"; the `lone` one is cut into ten or more, so
     that the split has two sides. skip(where, why) is called for what cannot be read. Raises ValueError."""
     if path.suffix == '.parquet':
@@ -57,12 +55,11 @@ def records(path, field, lone, skip):
         with explain(f'{path}: cannot be read'):
             file = pyarrow.parquet.ParquetFile(path)
             names = [f.name for f in file.schema_arrow if re.match('(large_)?string|dict.*=string', str(f.type))]
-            names = [name for name in (field, 'text') if name in names][:1] or names    # other columns may be images
-            for batch in file.iter_batches(batch_size=256, columns=names):
+            for batch in file.iter_batches(256, columns=[wanted] if wanted in names else names):     # not images
                 yield from batch.to_pylist()
     elif path.suffix == '.jsonl':
         with open(path, 'rb') as file:
-            for number, line in enumerate((line for line in file if line.strip()), 1):
+            for number, line in enumerate(filter(bytes.strip, file), 1):
                 try:
                     record = json.loads(line.decode('utf-8-sig'))
                     yield record if isinstance(record, dict) else {}
@@ -84,27 +81,22 @@ def documents(source, field, skip):
         yield from ((topics[name], 'text') for name in sorted(topics))
         return
     for path in find_files(source):
-        rows = records(path, field, path == Path(source), skip)
-        head, lengths = list(islice(rows, 100)), Counter()
-        for row in head:
-            lengths.update({name: len(value) for name, value in row.items() if isinstance(value, str)})
-        name = field or ('text' if lengths['text'] else max(lengths, key=lengths.get, default='text'))
+        rows = records(path, field or 'text', path == Path(source), skip)
+        head = list(islice(rows, 100))
+        size = lambda name: sum(len(row[name]) for row in head if isinstance(row.get(name), str))
+        name = field or ('text' if size('text') else max(dict.fromkeys(['text', *chain(*head)]), key=size))
         for number, row in enumerate(chain(head, rows), 1):
             if isinstance(row.get(name), str):
                 yield row[name], name
             else:
                 skip(f'{path}, record {number}', f'without {name}')
 
-@lru_cache
-def bytes_without_token(tokenizer):
-    """The bytes that a vocabulary lacks; tiktoken crashes on them."""
-    return bytes(set(range(256)) - {token[0] for token in tokenizer.token_byte_values() if len(token) == 1})
-
 def encode(tokenizer, text):
     """Text to token ids (n,) uint32. A lone surrogate, which UTF-8 cannot hold, becomes '?'. Raises ValueError."""
     raw = text.encode('utf-8', errors='replace')
-    if len(raw.translate(None, bytes_without_token(tokenizer))) < len(raw):
-        raise ValueError(f'a text has bytes that tokenizer {tokenizer.name} has no token for')
+    with explain(f'a text has a byte that tokenizer {tokenizer.name} has no token for'):     # tiktoken would crash
+        for byte in set(raw):
+            tokenizer.encode_single_token(bytes([byte]))
     pieces = PIECE.findall(raw.decode('utf-8')) or ['']
     return np.concatenate([tokenizer.encode_to_numpy(piece, disallowed_special=()) for piece in pieces])
 
@@ -117,11 +109,9 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
     all there are, a tenth for validation, as nearly as whole documents allow. Raises ValueError or OSError."""
     out, length, counts = Path(out), context + continuation, Counter(train=0, val=0)
     dtype = 'uint16' if tokenizer.n_vocab <= 2 ** 16 else 'uint32'
-    if train_segments and not val_segments:
-        val_segments = -(-train_segments // 9)                    # a tenth of all is a ninth of the others
-    limit = {'train': train_segments or math.inf, 'val': val_segments or math.inf}
-    wanted = sum(limit.values())
-    share = limit['val'] / wanted if wanted < math.inf else 0.1
+    ninth = -(-train_segments // 9) if train_segments else math.inf           # of one side, so a tenth of both
+    limit = {'train': train_segments or math.inf, 'val': val_segments or ninth}
+    share = limit['val'] / sum(limit.values()) if train_segments else 0.1
 
     def skip(where, why):
         counts[f'left out, {why}'] += 1
@@ -135,17 +125,17 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
             for text, name in tqdm(documents(source, field, skip), desc=str(source), unit=' documents'):
                 ids, done = encode(tokenizer, text), counts['train'] + counts['val']
                 # A document goes to validation whenever that side has less than its share.
-                short = counts['val'] < min(limit['val'], share * done)
-                side = 'val' if short or counts['train'] >= limit['train'] else 'train'
+                wants_val = counts['val'] < min(limit['val'], share * done) or counts['train'] >= limit['train']
+                side, file = ('val', val) if wants_val else ('train', train)
                 n = int(min(len(ids) // length, limit[side] - counts[side]))
-                (val if side == 'val' else train).write(ids[:n * length].astype(dtype).tobytes())
+                file.write(ids[:n * length].astype(dtype).tobytes())
                 name = 'documents' if name == 'text' else f'documents from the field {name}'
                 counts.update({side: n, name: 1, 'documents too short': len(ids) < length})
-                if done + n == wanted:
+                if done + n == sum(limit.values()):
                     break
         report = ', '.join(f'{value:,} {key}' for key, value in counts.items())
-        if not counts['train'] or not counts['val']:
-            raise ValueError(f'{source}: too short for a segment of {length} tokens on both sides; found {report}')
+        both = counts['train'] and counts['val']
+        check(both, f'{source}: too short for a segment of {length} tokens on both sides; found {report}')
         meta = {'source': str(source), 'tokenizer': fingerprint(tokenizer), 'context': context,
                 'continuation': continuation, 'dtype': dtype, **counts}
         (folder / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
@@ -154,8 +144,8 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
     print(f'{out}: {report}')
 
 def corpus_of(source, tokenizer, context, continuation):
-    """The corpus folder of a source: itself if data.py made it, else one under corpora/ for its files, as they are now,
-    the tokenizer and the lengths, which is made if it is not there. Raises ValueError or OSError."""
+    """The corpus folder of a source: itself if data.py made it, else one under corpora/, made if need be, for its files
+    as they are now, the tokenizer and the lengths. Raises ValueError or OSError."""
     if Path(source, 'meta.json').exists():
         return source
     files = [] if source in ('finewiki', 'pydoc') else find_files(source)
@@ -170,13 +160,11 @@ def open_corpus(folder, tokenizer, context=None, continuation=None):
     """meta.json of a corpus folder. Raises ValueError if the corpus is damaged or made for something else."""
     meta = read_json(Path(folder, 'meta.json'))
     for name, value in (('tokenizer', fingerprint(tokenizer)), ('context', context), ('continuation', continuation)):
-        if value not in (None, meta.get(name)):
-            raise ValueError(f'{folder}: made for {name} {meta.get(name)}, not {value}')
+        check(value in (None, meta.get(name)), f'{folder}: made for {name} {meta.get(name)}, not {value}')
     for side in ('train', 'val'):
         path, length = Path(folder, f'{side}.bin'), meta['context'] + meta['continuation']
         size = meta[side] * length * np.dtype(meta['dtype']).itemsize
-        if not path.exists() or path.stat().st_size != size:
-            raise ValueError(f'{path}: missing or damaged (should have {size} bytes)')
+        check(path.exists() and path.stat().st_size == size, f'{path}: missing or damaged (should have {size} bytes)')
     return meta
 
 def keep_running(_):
@@ -185,13 +173,10 @@ def keep_running(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 class Batches(torch.utils.data.Dataset):
-    """Batch n of one side of a corpus, a function of seed and n alone. Item n is a whole batch.
-
-    {'context': (B, T), 'continuation': (B, T)} token ids, int64. With an image_size also 'image' (B, 3, S, S) uint8,
-    each context as a page, and 'lost' (B,), the share of its characters that is not on the page; `page` are keywords of
-    render_page. Training takes a new permutation of the segments each epoch. Validation is in order and ends; with a
-    limit it takes segments evenly from the whole.
-    """
+    """Item n is batch n of one side of a corpus, a function of seed and n alone: {'context': (B, T), 'continuation':
+    (B, T)} token ids, int64. With an image_size also 'image' (B, 3, S, S) uint8, each context as a page, and 'lost'
+    (B,), the share of its characters that is not on the page; `page` are keywords of render_page. Training takes a new
+    permutation each epoch. Validation is in order; with a limit it takes segments evenly from the whole."""
 
     def __init__(self, folder, side, batch_size, tokenizer, image_size=None, seed=0, limit=None, **page):
         self.folder, self.side, self.batch_size, self.seed = Path(folder), side, batch_size, seed
@@ -212,15 +197,13 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, n):
         T = self.meta['context']
-        tokens = np.memmap(self.folder / f'{self.side}.bin', self.meta['dtype'], 'r')
-        tokens = tokens.reshape(-1, T + self.meta['continuation'])                           # (segments, tokens)
-        ids = torch.from_numpy(tokens[self.rows(n)].astype(np.int64))
+        tokens = np.memmap(self.folder / f'{self.side}.bin', self.meta['dtype'], 'r').reshape(self.meta[self.side], -1)
+        ids = torch.from_numpy(tokens[self.rows(n)].astype(np.int64))                        # (B, segment)
         batch = {'context': ids[:, :T].contiguous(), 'continuation': ids[:, T:].contiguous()}
         if self.image_size:
             texts = [' '.join(self.tokenizer.decode(row).split()) for row in batch['context'].tolist()]
             pages, _, _, lost = zip(*(render_page(text, self.image_size, **self.page) for text in texts))
-            pixels = torch.from_numpy(np.stack([np.asarray(page) for page in pages]))        # (B, S, S, 3)
-            batch['image'] = pixels.permute(0, 3, 1, 2).contiguous()
+            batch['image'] = torch.from_numpy(np.stack(pages)).permute(0, 3, 1, 2).contiguous()
             batch['lost'] = torch.tensor([n / max(len(text), 1) for n, text in zip(lost, texts)])
         return batch
 
@@ -249,8 +232,7 @@ def main(argv=None):
     add('--field', help='the field of a record with its text (default: text, or the one with most text)')
     args = parser.parse_args(argv)
     check_numbers(args)
-    if Path(args.out).exists():
-        raise ValueError(f'{args.out}: exists already')
+    check(not Path(args.out).exists(), f'{args.out}: exists already')
     args.tokenizer = tokenizer_of(vars(args).pop('model'))
     prepare(**vars(args))
 

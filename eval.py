@@ -29,7 +29,7 @@ from tqdm import tqdm
 from data import Batches, check_numbers, corpus_of
 from decoder import OBJECTIVES
 from load_deepseek import VISION, fetch, load, load_run, open_tensors
-from render import explain, run_main
+from render import check, explain, run_main
 
 def pick_device(name, index=0):
     """'auto' is CUDA where there is one, else the CPU. index: which card. Raises ValueError."""
@@ -139,8 +139,7 @@ def open_image(path):
             image.load()
         with suppress(Exception):              # damaged metadata does not make the pixels unreadable
             image = ImageOps.exif_transpose(image)
-        if image.mode in ('I', 'F'):
-            raise ValueError(f'mode {image.mode} has no fixed range; convert it to 8 bits')
+        check(image.mode not in ('I', 'F'), f'mode {image.mode} has no fixed range; convert it to 8 bits')
         if image.mode.startswith('I;16'):
             image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
         image = image.convert('RGBA')
@@ -149,8 +148,8 @@ def open_image(path):
 def read_page(args, device):
     """Print what DeepSeek-OCR reads on an image, which is preprocessed as in the original. Raises ValueError."""
     image = open_image(args.image)
-    if not any(name.startswith(VISION) for name in open_tensors(fetch(args.model))):
-        raise ValueError(f'{args.model}: has no vision encoder, so it cannot read')
+    can_read = any(name.startswith(VISION) for name in open_tensors(fetch(args.model)))
+    check(can_read, f'{args.model}: has no vision encoder, so it cannot read')
     prompt = args.prompt.replace('<image>', '').strip()           # the page takes the tag's place
     model, tokenizer, _ = load(
         args.model, 'vision', 0, device=device, dtype=torch.bfloat16 if device.type == 'cuda' else torch.float32,
@@ -173,8 +172,8 @@ def row_of(folder, args, device):
     data = corpus_of(args.data or run['data'], tokenizer, run['context'], flags.get('continuation', run['context']))
     page = {k: v for k in ('font', 'font_size', 'line_spacing') if image_size and (v := getattr(args, k))}
     batches = Batches(data, 'val', args.batch_size, tokenizer, image_size, limit=args.segments, **page)
-    if batches.meta['context'] != run['context']:
-        raise ValueError(f'{data}: made for context {batches.meta["context"]}, not {run["context"]} as {folder}')
+    made_for = batches.meta['context']
+    check(made_for == run['context'], f'{data}: made for context {made_for}, not {run["context"]} as {folder}')
     result = evaluate(model, batches, device, args.workers, progress=True)
     pairs = (pair for n in range(len(batches)) for pair in passages(model, batches[n], tokenizer, device))
     texts = list(islice(pairs, args.generate))

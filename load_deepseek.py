@@ -18,7 +18,6 @@ import copy
 import json
 import os
 import re
-import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -26,14 +25,13 @@ import huggingface_hub
 import safetensors.torch
 import tiktoken
 import torch
-import torch.nn as nn
 
 from decoder import Autoencoder, Decoder, DecoderConfig
 from encoders import ENCODERS, VisionConfig, settings_of
-from render import explain, run_main
+from render import check, explain, run_main
 
 # Models without weights, as the config.json that they would have. What is not here is as in DeepSeek-OCR.
-PRESETS = {'full': {}, 'tiny': {
+PRESETS = {'full': {'n_routed_experts': 64}, 'tiny': {
     'tokenizer': 'bytes', 'language_config': dict(
         vocab_size=259, hidden_size=128, intermediate_size=352, moe_intermediate_size=96, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2),
@@ -72,23 +70,20 @@ def fetch(source):
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=['*.json', '*.safetensors', '*.py']))
 
 def load_tokenizer(path):
-    """tokenizer.json of DeepSeek-OCR (the V3 family) or SmolLM2 as a tiktoken.Encoding with the same ids.
-
-    The rank of a merge is the id of the token it makes, so the vocabulary alone defines the encoding. encode_ordinary
-    reads a special string in a text, like <image>, as plain text; Hugging Face does not. Raises ValueError.
-    """
+    """tokenizer.json of DeepSeek-OCR (the V3 family) or SmolLM2 as a tiktoken.Encoding with the same ids. The rank of a
+    merge is the id of the token it makes, so the vocabulary alone defines the encoding. encode_ordinary reads a special
+    string in a text, like <image>, as plain text; Hugging Face does not. Raises ValueError."""
     spec = read_json(path)
-    passes = json.dumps(spec.get('pre_tokenizer'))
-    name = 'deepseek' if r'"\\p{N}{1,3}"' in passes else 'smollm2' if '"individual_digits": true' in passes else None
-    if name is None:
-        raise ValueError(f'{path}: not a tokenizer of the DeepSeek-V3 family or of SmolLM2')
-    special = {token['content']: token['id'] for token in spec['added_tokens']}
-    # Byte-level BPE writes bytes as printable characters: printable ones as themselves, the others from U+0100 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = sorted(set(range(256)) - set(printable))
-    byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    ranks = {bytes(byte[c] for c in token): i for token, i in spec['model']['vocab'].items() if token not in special}
-    return tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=ranks, special_tokens=special)
+    with explain(f'{path}: not a tokenizer of the DeepSeek-V3 family or of SmolLM2'):
+        cuts = json.dumps(spec['pre_tokenizer'])
+        name = 'deepseek' if r'"\\p{N}{1,3}"' in cuts else 'smollm2' if '"individual_digits": true' in cuts else 'other'
+        special = {token['content']: token['id'] for token in spec['added_tokens']}
+        # Byte-level BPE writes bytes as characters: printable ones as themselves, the others from U+0100 on.
+        others = [b for b in range(256) if b == ord(' ') or not chr(b).isprintable()]
+        byte = {chr(b): b for b in range(256)} | {chr(256 + i): b for i, b in enumerate(others)}
+        vocab = {token: i for token, i in spec['model']['vocab'].items() if token not in special}
+        ranks = {bytes(byte[c] for c in token): i for token, i in vocab.items()}
+        return tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=ranks, special_tokens=special)
 
 def tokenizer_of(source):
     """The tokenizer of a preset or checkpoint: its tokenizer.json, or bytes, ids 3 to 258 after BOS, EOS and PAD."""
@@ -101,88 +96,72 @@ def sizes_from(config):
     """config.json, as a dict, to a DecoderConfig with its VisionConfig. Raises ValueError for what is not SUPPORTED."""
     language = config.get('language_config', config)
     language = {**language, **(language.get('rope_scaling') or {}), **(language.get('rope_parameters') or {})}
-    for name, values in SUPPORTED.items():
-        if language.get(name) not in (None, *values):
-            raise ValueError(f'config.json: {name} {language[name]!r} is not supported')
     given = {f: language[f.name] for f in fields(DecoderConfig) if language.get(f.name) is not None}
     sizes = DecoderConfig(**{f.name: value if isinstance(value, list) else f.type(value) for f, value in given.items()})
-    if 'hidden_size' in language:              # left out are the experts of a dense model, and equal numbers of heads
-        sizes.n_routed_experts = language.get('n_routed_experts') or 0
-        sizes.num_key_value_heads = language.get('num_key_value_heads') or sizes.num_attention_heads
-    if language.get('head_dim') not in (None, sizes.hidden_size // sizes.num_attention_heads):
-        raise ValueError(f'config.json: head_dim {language["head_dim"]} is not hidden_size / num_attention_heads')
-    if sizes.bos_token_id >= sizes.vocab_size or sizes.num_experts_per_tok > sizes.n_routed_experts > 0:
-        raise ValueError('config.json: bos_token_id or num_experts_per_tok is too large')
-    if 'vision_config' in config:
-        sam, clip = (config['vision_config']['width'][name] for name in ('sam_vit_b', 'clip-l-14-224'))
+    sizes.n_routed_experts = language.get('n_routed_experts') or 0            # a dense model does not say
+    sizes.num_key_value_heads = language.get('num_key_value_heads') or sizes.num_attention_heads
+    for name, values in {**SUPPORTED, 'head_dim': (sizes.hidden_size // sizes.num_attention_heads,)}.items():
+        check(language.get(name) in (None, *values), f'config.json: {name} {language.get(name)!r} is not supported')
+    check(sizes.bos_token_id < sizes.vocab_size, 'config.json: bos_token_id is too large')
+    check(not 0 < sizes.n_routed_experts < sizes.num_experts_per_tok, 'config.json: num_experts_per_tok is too large')
+    if (vision := config.get('vision_config')) is not None:
+        sam, clip = vision['width']['sam_vit_b'], vision['width']['clip-l-14-224']
         sizes.vision = VisionConfig(
-            config['vision_config']['image_size'], sam['width'], sam['layers'], sam['heads'],
-            tuple(sam['global_attn_indexes']), clip['width'] // 4, clip['width'], clip['layers'], clip['heads'],
-            4 * clip['width'])
+            vision['image_size'], sam['width'], sam['layers'], sam['heads'], tuple(sam['global_attn_indexes']),
+            clip['width'] // 4, clip['width'], clip['layers'], clip['heads'], 4 * clip['width'])
     return sizes
 
 def open_tensors(folder):
     """The tensors of a folder, or of its index if it has one: {name: the open safetensors file}. Raises ValueError."""
-    index, paths, stored = folder / 'model.safetensors.index.json', folder.glob('*.safetensors'), {}
-    if index.exists():
-        paths = {folder / name for name in read_json(index)['weight_map'].values()}
-    for path in sorted(paths):
+    index, shards, stored = folder / 'model.safetensors.index.json', folder.glob('*.safetensors'), {}
+    names = read_json(index)['weight_map'].values() if index.exists() else (path.name for path in shards)
+    for path in sorted({folder / name for name in names}):
         with explain(f'{path}: missing, truncated or not a safetensors file'):
             file = safetensors.safe_open(path, 'pt')
             stored.update(dict.fromkeys(file.keys(), file))
-    if not stored:
-        raise ValueError(f'{folder}: no *.safetensors, so no weights')
+    check(stored, f'{folder}: no *.safetensors, so no weights')
     return stored
 
 def released_tensors(model, regime):
     """{released name: tensor} of an Autoencoder: views of its own parameters, experts one by one."""
-    tensors = {}
+    tensors, prefix = {}, {'decoder': 'model', 'encoder': 'model' if regime == 'vision' else regime}
     for name, p in model.state_dict().items():
         part, rest = name.split('.', 1)
-        if part == 'encoder':
-            tensors[f'model.{rest}' if regime == 'vision' else f'{regime}.{rest}'] = p
-        elif '.experts.' in rest:
-            for e, expert in enumerate(p):
-                tensors[f'model.{rest.replace("experts.", f"experts.{e}.")}.weight'] = expert
+        name = rest if name == 'decoder.lm_head.weight' else f'{prefix[part]}.{rest}'
+        if part == 'decoder' and '.experts.' in name:
+            tensors |= {name.replace('experts.', f'experts.{e}.') + '.weight': expert for e, expert in enumerate(p)}
         else:
-            tensors[rest if rest.startswith('lm_head') else f'model.{rest}'] = p
+            tensors[name] = p
     return tensors
 
 def fill(model, regime, stored, device, source):
-    """Copy the tensors of open_tensors() into a model whose decoder is on the meta device and goes to `device`.
-
-    Raises ValueError that names `source` and the tensor if one is missing, unexpected or of another shape. Tensors of
-    another registered encoder are skipped.
-    """
+    """Copy the tensors of open_tensors() into a model whose decoder is on the meta device and goes to `device`. Those
+    of another encoder are skipped. Raises ValueError for a tensor that is missing, unexpected or of another shape."""
     expected = {name: list(tensor.shape) for name, tensor in released_tensors(model, regime).items()}
     others = tuple(f'{name}.' for name in ENCODERS if name != regime) + (VISION if regime != 'vision' else ())
-    skipped = {name for name in stored if name not in expected and name.startswith(others)}
+    skipped = {name for name in stored if name.startswith(others)}
     if skipped:
         print(f'{source}: skipped {len(skipped)} tensors of another encoder ({min(skipped)} ...)')
     for name in sorted(expected.keys() | stored.keys() - skipped):
         found = stored[name].get_slice(name).get_shape() if name in stored else 'missing'
-        if found != expected.get(name):
-            raise ValueError(f'{source}: tensor {name} is {found}, {regime} needs {expected.get(name, "none")}')
+        check(found == expected.get(name), f'{source}: tensor {name} is {found}, {regime} needs {expected.get(name)}')
     model.decoder.to_empty(device=device)
     for name, tensor in released_tensors(model, regime).items():              # again, since the decoder has moved
         tensor.copy_(stored[name].get_tensor(name))
 
 def load(source, regime, context, objective='reconstruction', hybrid=0, device='cpu', dtype=torch.float32, **settings):
-    """Build an Autoencoder from a preset, a folder or a hub id -> (model, tokenizer, config).
-
-    context: tokens in a segment. settings: keywords of the encoder's class; None is its default. config: config.json
-    with these choices under "run". An encoder that the checkpoint does not have starts from random weights. Raises
-    ValueError or OSError for what does not exist or does not fit.
-    """
+    """Build an Autoencoder from a preset, a folder or a hub id -> model, tokenizer, config with these choices as "run".
+    context: tokens in a segment. settings: keywords of the encoder's class; None is its default. An encoder that the
+    checkpoint does not have starts from random weights. Raises ValueError or OSError for what does not exist or fit."""
     folder = None if source in PRESETS else fetch(source)
-    config, stored = (read_json(folder / 'config.json'), open_tensors(folder)) if folder else (
-        copy.deepcopy(PRESETS[source]), {})
+    config = read_json(folder / 'config.json') if folder else copy.deepcopy(PRESETS[source])
+    stored = open_tensors(folder) if folder else {}
     run, known = config.get('run', {}), settings_of(ENCODERS[regime])
     settings = {name: value for name, value in settings.items() if value is not None}
     for name in settings.keys() - known.keys():
         raise ValueError(f'--{name}: not a setting of {regime}, which has {", ".join(known) or "none"}')
-    if not 0 <= hybrid <= context or hybrid == context > 0 and objective == 'reconstruction':
-        raise ValueError(f'--hybrid_text_tokens {hybrid}: must leave some of the {context} context tokens')
+    most = context if objective == 'lm' else max(context - 1, 0)
+    check(0 <= hybrid <= most, f'--hybrid_text_tokens {hybrid}: must leave some of the {context} context tokens')
     with explain(f'{source}: config.json does not describe a model'), torch.device('meta' if stored else device):
         sizes = sizes_from(config)
         decoder = Decoder(sizes).to(dtype)     # on meta: no memory and no random numbers for what will be read
@@ -195,8 +174,8 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
 
     has_encoder = any(name.startswith(VISION if regime == 'vision' else f'{regime}.') for name in stored)
     if stored:
-        fill(model if has_encoder else nn.ModuleDict({'decoder': decoder}), regime, stored, device, source)
-    if stored and not has_encoder and next(encoder.parameters(), None) is not None:
+        fill(model if has_encoder else torch.nn.ModuleDict({'decoder': decoder}), regime, stored, device, source)
+    if stored and not has_encoder and list(encoder.parameters()):
         print(f'{source}: has no {regime} encoder, so it starts from random weights')
     for name, p in known.items():
         value = getattr(encoder, name, None)   # the resolved value of a default of None
@@ -226,15 +205,13 @@ def write_atomic(path, write):
         temporary.unlink(missing_ok=True)
 
 def save(tensors, config, folder, step=0, source=None):
-    """Write released_tensors(), in their own dtype, and load()'s config as a checkpoint folder. Raises OSError.
-
-    The weights are renamed last and carry the step. Tokenizer and code are copied from the folder `source`.
-    """
+    """Write released_tensors(), in their own dtype, and load()'s config as a checkpoint folder. The weights are renamed
+    last and carry the step. Tokenizer and code are copied from the folder `source`. Raises ValueError or OSError."""
     folder = Path(folder)
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     for file in [*Path(source).glob('*token*.json'), *Path(source).glob('*.py')] if source else []:
-        shutil.copyfile(file, folder / file.name)
+        (folder / file.name).write_bytes(file.read_bytes())
     write_atomic(folder / 'config.json', lambda path: path.write_text(json.dumps(config, indent=1), encoding='utf-8'))
     write_atomic(folder / 'model.safetensors',
                  lambda path: safetensors.torch.save_file(tensors, path, {'format': 'pt', 'step': str(step)}))
@@ -245,8 +222,7 @@ def main(argv=None):
     parser.add_argument('run', help='folder of a run')
     parser.add_argument('--export', required=True, metavar='DIR', help='new folder for the checkpoint')
     args = parser.parse_args(argv)
-    if Path(args.export).exists():
-        raise ValueError(f'{args.export}: exists already')
+    check(not Path(args.export).exists(), f'{args.export}: exists already')
     model, _, config = load_run(args.run, dtype=torch.bfloat16)
     save(released_tensors(model, config['run']['regime']), config, args.export, source=args.run)
     print(f'{args.export}: written in bf16')

@@ -4,17 +4,16 @@ Text to page image: the paper's page, in the largest type at which the whole tex
     python render.py FILE --size 640 --out page.png        what the vision encoder sees of a text file
 
 Words are wrapped greedily, and one that is wider than the page runs off its right edge. White space only separates
-words, so paragraphs do not survive. Pages equal those of data/scripts/prepare_training_data.py in the paper's code,
-pixel for pixel. Each word is measured and drawn once and then reused: that takes a thirtieth of the time.
+words. Pages equal those of data/scripts/prepare_training_data.py in the paper's code, pixel for pixel. Each word is
+measured and drawn once and then reused: that takes a thirtieth of the time.
 """
 import argparse
 import os
 import sys
 import traceback
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from contextlib import contextmanager
 from functools import lru_cache
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -22,14 +21,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 @lru_cache(maxsize=64)
 def load_font(name, size):
-    """The font with this name or file at `size` pixels; DejaVu Sans also from matplotlib's copy. Raises ValueError."""
-    try:                                    # Pillow's other layout engine draws different pages where it is installed
-        return ImageFont.truetype(name, size, layout_engine=ImageFont.Layout.BASIC)
-    except OSError as e:
-        if name == 'DejaVuSans.ttf' and find_spec('matplotlib'):
+    """The font with this name or file at `size` pixels, or matplotlib's copy of it. Raises ValueError."""
+    basic = ImageFont.Layout.BASIC          # Pillow's other layout engine draws different pages where it is installed
+    with explain(f'{name}: no such font file; pip install matplotlib brings DejaVuSans.ttf'):
+        try:
+            return ImageFont.truetype(name, size, layout_engine=basic)
+        except OSError:
             import matplotlib
-            return load_font(f'{matplotlib.get_data_path()}/fonts/ttf/{name}', size)
-        raise ValueError(f'{name}: no such font file; pip install matplotlib brings DejaVuSans.ttf') from e
+            return ImageFont.truetype(f'{matplotlib.get_data_path()}/fonts/ttf/{name}', size, layout_engine=basic)
 
 # Of a font and a word: how far the pen moves; left, top, right and bottom of the ink; the ink and where it lies.
 advance = lru_cache(maxsize=200_000)(ImageFont.FreeTypeFont.getlength)
@@ -63,42 +62,40 @@ def wrap(words, font, width):
     if line:
         yield line
 
-def render_page(text, size, font='DejaVuSans.ttf', font_size=None, line_spacing=1.2, margin=0.05, ink='black',
-                paper='white'):
-    """Draw text on a page of size x size pixels -> RGB image, type size, lines drawn, characters that are not on it.
-
-    Not on the page are the lines below its end, letters that run off its edge and characters that the font lacks.
-    font_size: in pixels; None is the largest of 4 to 30 at which all lines fit, or 4. line_spacing: in type sizes.
-    margin: as a share of the page. font: a name or file; ValueError if there is none. ink, paper: Pillow's colours.
-    """
+def render_page(text, size, font='DejaVuSans.ttf', font_size=None, line_spacing=1.2, margin=0.05):
+    """Draw text on a page of size x size pixels -> RGB image, type size, lines drawn, characters that are not on it:
+    lines below its end, letters that run off its edge, characters that the font lacks. font_size: in pixels; None is
+    the largest of 4 to 30 at which all lines fit, or 4. line_spacing: in type sizes. margin: as a share of the page.
+    font: a name or file; ValueError if there is none."""
     words, edge = text.split(), int(margin * size)
-    room, low, high = size - 2 * edge, font_size or 4, font_size or 30
-    lines_at = lambda type_size: room // max(int(line_spacing * type_size), 1)
-    while low < high:                                             # bisection, which stops at a line too many
-        middle = (low + high + 1) // 2
-        lines = wrap(words, load_font(font, middle), room)
-        fits = len(list(islice(lines, lines_at(middle) + 1))) <= lines_at(middle)
-        low, high = (middle, high) if fits else (low, middle - 1)
-    face, step = load_font(font, low), max(int(line_spacing * low), 1)
-    lines = list(islice(wrap(words, face, room), lines_at(low)))
-    lost, boxes = len(' '.join(words[sum(map(len, lines)):])), {c for c in set().union(*words) if lacks(face, c)}
-    coverage = Image.new('L', (size, size))
-    draw = ImageDraw.Draw(coverage).draw                          # as ImageDraw.text() does, but a word is drawn once
+    room = size - 2 * edge
+    step = lambda type_size: max(int(line_spacing * type_size), 1)
+    rows = lambda type_size: room // step(type_size)
+    fits = lambda type_size: not any(islice(wrap(words, load_font(font, type_size), room), rows(type_size), None))
+    font_size = font_size or 30 - bisect_left(range(30, 4, -1), True, key=fits)
+    face = load_font(font, font_size)
+    lines = list(islice(wrap(words, face, room), rows(font_size)))
+    lost, boxes = len(' '.join(words[sum(map(len, lines)):])), {c for c in set(text) if lacks(face, c)}
+    page = Image.new('L', (size, size), 'white')
+    draw = ImageDraw.Draw(page).draw                              # as ImageDraw.text() does, but a word is drawn once
     for i, line in enumerate(lines):
         for x, word in line:
-            ink_image, (left, top) = rasterize(face, word, 'L', start=(x % 1, 0))
-            draw.draw_bitmap((edge + int(x) + left, edge + i * step + top), ink_image, 255)
-            shown = len(word)
+            ink, (left, top) = rasterize(face, word, 'L', start=(x % 1, 0))
+            draw.draw_bitmap((edge + int(x) + left, edge + i * step(font_size) + top), ink, 0)
+            inside = len(word)
             if edge + x + advance(face, word) > size:
-                shown = bisect_right(range(shown), size - edge - x, key=lambda n: face.getlength(word[:n + 1]))
-            lost += len(word) - shown + (sum(c in boxes for c in word[:shown]) if boxes else 0)
-    page = Image.new('RGB', (size, size), paper)
-    page.paste(ink, mask=coverage)
-    return page, low, len(lines), lost
+                inside = bisect_right(range(inside), size - edge - x, key=lambda n: face.getlength(word[:n + 1]))
+            lost += len(word) - inside + (sum(c in boxes for c in word[:inside]) if boxes else 0)
+    return page.convert('RGB'), font_size, len(lines), lost
+
+def check(condition, message):
+    """Raise ValueError with this message, which names the file or flag, unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
 
 @contextmanager
 def explain(message):
-    """Raise any exception of the block as a ValueError: this message, which names the file or flag, and the cause."""
+    """Raise any exception of the block as a ValueError: this message and the cause."""
     try:
         yield
     except Exception as e:
@@ -108,13 +105,12 @@ def read_text(path):
     """The text of a UTF-8 file, without a byte-order mark. Raises ValueError for other encodings and binary files."""
     with explain(f'{path}: cannot be read as UTF-8 text'):
         text = Path(path).read_bytes().decode('utf-8-sig')
-        if '\0' in text:
-            raise ValueError('it has null characters')
+        check('\0' not in text, 'it has null characters')
         return text
 
 def run_main(main):
-    """Call main(). A user's mistake becomes one line on stderr and exit code 1: OSError, ImportError, or a ValueError
-    raised in this folder. Any other exception is a bug and keeps its traceback; DEBUG=1 shows all of them."""
+    """Call main(). OSError, ImportError and a ValueError of this folder are a user's mistakes: one line on stderr, exit
+    code 1. Anything else is a bug and keeps its traceback; DEBUG=1 shows all of them."""
     sys.stdout.reconfigure(errors='replace')                      # '?' for what a console cannot show
     try:
         main()
@@ -135,8 +131,7 @@ def main(argv=None):
     text = ' '.join(read_text(args.file).split())
     page, font_size, lines, lost = render_page(text, args.size)
     page.save(args.out, 'PNG')
-    print(f'{args.out}: {args.size} pixels a side, type size {font_size}, {lines} lines, {lost} of {len(text)} '
-          'characters are not on it')
+    print(f'{args.out}: type size {font_size}, {lines} lines, {lost} of {len(text)} characters are not on it')
 
 if __name__ == '__main__':
     run_main(main)

@@ -30,7 +30,7 @@ from decoder import OBJECTIVES
 from encoders import ENCODERS, settings_of
 from eval import autocast, evaluate, passages, pick_device, show, to_device
 from load_deepseek import PRESETS, fetch, load, read_json, released_tensors, save, tokenizer_of, write_atomic
-from render import explain, run_main
+from render import check, explain, run_main
 
 # Where the tiny model departs from the other defaults, which follow the paper.
 TINY = dict(steps=700, gradient_accumulation_steps=1, learning_rate=3e-3, beta2=0.95, log_steps=20, eval_steps=200)
@@ -90,22 +90,20 @@ def parse_args(argv=None):
     folder = lambda parsed: parsed.output_dir or f'out/{parsed.regime}' + '_lm' * (parsed.objective == 'lm')
     model = folder(args) if args.resume else args.model
     run = {} if model in PRESETS else read_json(fetch(model) / 'config.json').get('run', {})
-    if args.resume and 'args' not in run:
-        raise ValueError(f'--resume: no saved run in {model}')
+    check('args' in run or not args.resume, f'--resume: no saved run in {model}')
     parser.set_defaults(**(TINY if model == 'tiny' else run.get('args', {})))
     if run and parser.parse_args(argv).regime == run['regime']:       # the settings belong to the run's own encoder
         parser.set_defaults(**run['settings'])
     args = parser.parse_args(argv)
     check_numbers(args, 'hybrid_text_tokens text_context_tokens learning_rate encoder_lr weight_decay beta2 '
                         'warmup_ratio workers seed save_steps')
-    if args.warmup_ratio > 1 or args.beta2 >= 1:
-        raise ValueError('--warmup_ratio must be at most 1, --beta2 below 1')
+    check(args.warmup_ratio <= 1 > args.beta2, '--warmup_ratio must be at most 1, --beta2 below 1')
     if args.resume:
         was = {**run['args'], **run['settings']}
         fixed = 'regime', 'objective', 'hybrid_text_tokens', 'train_encoder', 'context', 'continuation'
         for name in [*fixed, *run['settings']]:
-            if getattr(args, name) != was[name]:
-                raise ValueError(f'--{name} {getattr(args, name)}: the run to --resume has {was[name]}')
+            value = getattr(args, name)
+            check(value == was[name], f'--{name} {value}: the run to --resume has {was[name]}')
         if args.steps != was['steps']:
             print(f'--steps {args.steps}: the learning rate now follows the schedule of that many steps')
     args.model, args.output_dir = model, folder(args)
@@ -173,10 +171,9 @@ def main(argv=None):
     world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))      # torchrun sets them
     out, device = Path(args.output_dir), pick_device(args.device, int(os.environ.get('LOCAL_RANK', 0)))
     G, on_cuda = args.gradient_accumulation_steps, device.type == 'cuda'
-    if (out / 'config.json').exists() and not args.resume:
-        raise ValueError(f'{out}: holds a run; continue it with --resume, or choose another --output_dir')
-    if G % world:
-        raise ValueError(f'--gradient_accumulation_steps {G}: not a multiple of {world} processes')
+    check(args.resume or not (out / 'config.json').exists(),
+          f'{out}: holds a run; continue it with --resume, or choose another --output_dir')
+    check(G % world == 0, f'--gradient_accumulation_steps {G}: not a multiple of {world} processes')
     if on_cuda:
         torch.cuda.set_device(device)
     if world > 1:
@@ -192,8 +189,8 @@ def main(argv=None):
     kept = {name: value for name, value in vars(args).items() if name not in ('model', 'output_dir', 'resume')}
     kept.update(data=data, context=meta['context'], continuation=meta['continuation'])
     config['run'].update(data=data, args=kept, **{} if args.resume else {'started_from': args.model})
-    if args.compile and device.type == 'cpu' and args.weights == 'fp32' and model.decoder.config.n_routed_experts:
-        raise ValueError('--compile: on the CPU, experts can be compiled only with --weights bf16')
+    cannot_compile = device.type == 'cpu' and args.weights == 'fp32' and model.decoder.config.n_routed_experts
+    check(not (args.compile and cannot_compile), '--compile: on the CPU, experts compile only with --weights bf16')
     model.decoder.grad_checkpoint = args.grad_checkpoint
     model.encoder.requires_grad_(args.train_encoder)
     image_size = getattr(model.encoder, 'image_size', None)
@@ -257,8 +254,7 @@ def main(argv=None):
         memory = {'gib': torch.cuda.max_memory_allocated(device) / 2 ** 30} if on_cuda else {}
         log(step, loss=loss, ppl=math.exp(min(loss, 700)), lr=optimizer.param_groups[-1]['lr'], grad_norm=norm,
             tokens_per_s=args.batch_size * G * targets / seconds, minutes_left=seconds * (steps - step) / 60, **memory)
-        if not math.isfinite(norm):
-            raise ValueError(f'step {step}: the gradient is not finite; the last save in {out} is from before')
+        check(math.isfinite(norm), f'step {step}: the gradient is not finite; the last save in {out} is from before')
         if due(args.eval_steps):
             result = evaluate(model, val if last else val_part, device, workers, rank, world)
             best = min(best, result['loss'])

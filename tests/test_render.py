@@ -65,8 +65,6 @@ def test_the_knobs():
     assert lost == len(' '.join(text.split())) - len(' '.join(shown)) - 1
     assert render.render_page(text, 640, line_spacing=2.0)[1] < render.render_page(text, 640)[1]
     assert np.asarray(render.render_page(text, 640, margin=0.25)[0])[:160].min() == 255
-    inverse = np.asarray(render.render_page(text, 640, ink='white', paper='black')[0])
-    assert (255 - inverse == np.asarray(render.render_page(text, 640)[0])).all()
     assert render.render_page(' \n ', 128)[1:] == (30, 0, 0)
     assert render.render_page('a b', 64, font_size=1, line_spacing=0.5)[2] == 1
     with pytest.raises(ValueError, match='nofont'):
