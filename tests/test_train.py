@@ -90,11 +90,29 @@ def test_every_regime_trains_and_evaluates(corpus, tmp_path, capsys, regime, obj
     assert f'| {objective} |' in out and '--- original' in out
 
 
+def test_the_step_is_no_longer_than_the_clipped_gradient(corpus):
+    """With plain gradient descent the weights move by rate x max_grad_norm where the gradient is longer than that."""
+    model, tokenizer, _ = load('tiny', 'meanpool', 32)
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    optimizer = torch.optim.SGD([{'params': list(model.parameters()), 'peak_lr': 0.5}])
+    _, norm = train.train_step(model, optimizer, [Batches(corpus, 'train', 4, tokenizer)[0]], 0.1, 0.02, torch.device('cpu'))
+    moved = (torch.cat([p.detach().flatten() for p in model.parameters()]) - before).norm()
+    assert norm > 0.1 and moved == pytest.approx(0.5 * 0.1 * 0.02, rel=1e-2)
+
+
+def test_the_defaults_are_those_of_the_paper():
+    args = train.flags().parse_args([])
+    paper = dict(batch_size=8, gradient_accumulation_steps=6, learning_rate=1e-4, weight_decay=0.01, beta2=0.999, warmup_ratio=0.1,
+                 max_grad_norm=1.0, compression_window_size=None, eval_steps=500, save_steps=500)
+    assert {name: getattr(args, name) for name in paper} == paper
+
+
 def test_evaluation_is_the_mean_over_tokens_at_any_batch_size(corpus, tmp_path):
     run(corpus, tmp_path / 'run', steps=1)
     model, tokenizer, _ = load_run(tmp_path / 'run')
     device = torch.device('cpu')
     by = {n: evaluation.evaluate(model, Batches(corpus, 'val', n, tokenizer, limit=10), device) for n in (1, 4, 10)}
+    assert not model.training                                 # dropout, say, has to be off
     with torch.no_grad():
         token_losses, hits, _ = model.eval()(Batches(corpus, 'val', 10, tokenizer, limit=10)[0])
     for result in by.values():
