@@ -55,6 +55,9 @@ def records(path, wanted, lone, skip):
         with explain(f'{path}: cannot be read'):
             file = pyarrow.parquet.ParquetFile(path)
             names = [f.name for f in file.schema_arrow if re.match('(large_)?string|dict.*=string', str(f.type))]
+            if not names:                      # pyarrow may abort when it is asked for no column of a damaged file
+                yield from ({} for _ in range(file.metadata.num_rows))
+                return
             for batch in file.iter_batches(256, columns=[wanted] if wanted in names else names):     # not images
                 yield from batch.to_pylist()
     elif path.suffix == '.jsonl':

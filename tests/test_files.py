@@ -6,6 +6,7 @@ import datetime
 import io
 import json
 import struct
+import subprocess
 import sys
 import zlib
 
@@ -438,6 +439,20 @@ def test_many_records_decide_which_field_has_the_text(tmp_path, capsys):
     assert documents(tmp_path / 'a.jsonl') == (['a field of this name wins'] * 33, {'text'}, [])
     (tmp_path / 'b.jsonl').write_text('\n'.join(json.dumps({'text': '', 'content': TEXT}) for _ in range(5)), encoding='utf-8')
     assert documents(tmp_path / 'b.jsonl')[:2] == ([TEXT] * 5, {'content'})                      # an empty "text" does not
+
+
+def test_a_damaged_parquet_file_without_text_does_not_end_the_process(tmp_path):
+    """A byte of the row group's number of rows is damaged, which makes it negative: pyarrow aborts when it is asked for no column."""
+    parquet = pytest.importorskip('pyarrow.parquet')
+    import pyarrow
+    parquet.write_table(pyarrow.table({'n': pyarrow.array([None] * 12)}), tmp_path / 'a.parquet')
+    raw = bytearray((tmp_path / 'a.parquet').read_bytes())
+    raw[raw.index(b'\x16\x18\x26\x08') + 1] = 0xe7                            # a zigzag varint: 12 becomes -2484
+    (tmp_path / 'a.parquet').write_bytes(raw)
+    code = ('import sys; sys.path.insert(0, sys.argv[1]); import data; left = []\n'
+            'print(list(data.documents(sys.argv[2], None, lambda where, why: left.append(why))), set(left))')
+    run = subprocess.run([sys.executable, '-c', code, str(ROOT), str(tmp_path / 'a.parquet')], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout == "[] {'without text'}\n", run.stderr
 
 
 def test_only_the_text_column_of_parquet_is_read(tmp_path):
