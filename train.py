@@ -98,6 +98,7 @@ def parse_args(argv=None):
     check_numbers(args, 'hybrid_text_tokens text_context_tokens learning_rate encoder_lr weight_decay beta2 '
                         'warmup_ratio workers seed save_steps')
     check(args.warmup_ratio <= 1 > args.beta2, '--warmup_ratio must be at most 1, --beta2 below 1')
+    check(args.seed < 2 ** 63, f'--seed {args.seed}: must be below 2^63')
     if args.resume:
         was = {**run['args'], **run['settings']}
         fixed = 'regime', 'objective', 'hybrid_text_tokens', 'train_encoder', 'context', 'continuation'

@@ -159,6 +159,8 @@ def test_eval_and_render(here, capsys):
     Image.new('1', (30, 30)).save(here / 'page.png')
     refused(capsys, evaluation.main, 'run --model run --image page.png', 'run: has no vision encoder')
     refused(capsys, evaluation.main, 'run --segments 0', '--segments 0: must be above 0')
+    refused(capsys, render.main, 'page.txt --size 0', '--size 0: must be above 0')
+    refused(capsys, train.main, f'--data texts --seed {2 ** 63}', 'must be below 2^63')
     refused(capsys, evaluation.main, 'run --generate -1', '--generate -1: must be at least 0')
     refused(capsys, evaluation.main, '', 'give a RUN or an --image')
     (here / 'run' / 'config.json').write_text(json.dumps({'language_config': {}}), encoding='utf-8')
