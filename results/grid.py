@@ -1,0 +1,80 @@
+"""
+The paper's comparison at laptop scale: every regime from results/reader, reconstruction and then language modelling.
+
+    python data.py finewiki --out wiki --context 128 --continuation 128 --train_segments 200000 --val_segments 2000
+    python results/grid.py wiki out/grid --workers 2               a night on two CPU cores; start it again to go on
+    python results/grid.py wiki out/grid --workers 2 --seed 1      the same rows with another seed, in out/grid/seed1
+    python eval.py out/grid/seed0/* --plot grid.png                the table and the picture
+
+Each row is one run of train.py. All rows see the same number of segments, none of them twice. Language modelling starts
+from the reconstruction run of its row, so every decoder has had two stages. Truncation keeps as many tokens as the
+memory next to it has vectors. It starts from the run that had to predict the context without seeing it ("none"), and
+once more from the reader itself ("reader_last"), which has had one stage less and has not forgotten how to copy.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ('--batch_size 8 --gradient_accumulation_steps 1 --beta2 0.95 --log_steps 20 --eval_steps 200 '
+          '--eval_segments 250 --save_steps 200')
+REGIMES = {                                                   # flags with the rate that did best of three
+    'text': '--regime text --learning_rate 1e-3 --text_context_tokens',
+    'meanpool': '--regime meanpool --learning_rate 3e-3 --compression_window_size',
+    'conv': '--regime conv1d_residual --learning_rate 3e-3 --compression_target',
+    'vision': '--regime vision --learning_rate 3e-4 --encoder_lr 1e-4 --vision_mode',
+    'frozen': '--regime vision --learning_rate 3e-4 --no-train-encoder --vision_mode'}
+
+def rows():
+    """Yield waves, the most important ones first: lists of (name, folder to start from, flags)."""
+    memories = [[('meanpool', 8), ('vision', 256), ('conv', 16)], [('meanpool', 4), ('vision', 320), ('conv', 32)],
+                [('meanpool', 16), ('vision', 192), ('conv', 8)], [('meanpool', 2), ('frozen', 256), ('conv', 64)],
+                [('meanpool', 32), ('conv', 4)]]
+    lm = lambda regime, value: f'{REGIMES[regime].replace("3e-3", "1e-3")} {value} --objective lm'
+    for first, wave in enumerate(memories):
+        kept = {8: 17, 4: 33, 16: 9, 2: 65, 32: 5}[wave[0][1]]
+        none = [('none', None, f'{REGIMES["text"]} 0')] if first == 0 else []
+        yield none + [(f'{regime}_{value}', None, f'{REGIMES[regime]} {value}') for regime, value in wave]
+        yield [(f'lm_{regime}_{value}', f'{regime}_{value}', lm(regime, value)) for regime, value in wave] + [
+            (f'lm_last_{kept}', 'none', lm('text', kept)), (f'lm_reader_last_{kept}', None, lm('text', kept))] + (
+            [(f'lm_last_{n}', 'none', lm('text', n)) for n in (0, 128)] if first == 0 else [])
+
+def run(args, folder, row):
+    """One row, from its last save if there is one."""
+    name, start, flags = row
+    out = folder / name
+    log = (out / 'log.jsonl').read_text().splitlines() if (out / 'log.jsonl').exists() else ['{"step": 0}']
+    if json.loads(log[-1])['step'] >= args.steps and 'val_loss' in log[-1]:
+        return
+    model = folder / start if start else ROOT / 'results' / 'reader'
+    command = ['--resume'] if (out / 'model.safetensors').exists() else [
+        '--model', str(model), '--data', args.data, '--steps', str(args.steps), '--seed', str(args.seed),
+        *SHARED.split(), *flags.split()]
+    command = [sys.executable, 'train.py', '--output_dir', str(out), *command]
+    print(' '.join(command), flush=True)
+    with open(f'{out}.txt', 'a') as console:
+        subprocess.run(command, cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=console, stderr=console,
+                       check=True)
+    for optimizer in out.glob('Ada*.pt'):                     # 45 MB that a finished run does not need
+        optimizer.unlink()
+
+def main():
+    parser = argparse.ArgumentParser(description='Train every row of the comparison.')
+    parser.add_argument('data', help='corpus of 128 + 128 bytes a segment, made by data.py')
+    parser.add_argument('out', help='folder for the runs')
+    parser.add_argument('--steps', type=int, default=2000, help='of each run (default 2000, 16,000 segments)')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--workers', type=int, default=1, help='runs at a time, one thread each')
+    args = parser.parse_args()
+    args.data, folder = str(Path(args.data).resolve()), Path(args.out).resolve() / f'seed{args.seed}'
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(args.workers) as pool:
+        for wave in rows():
+            list(pool.map(lambda row: run(args, folder, row), wave))
+
+if __name__ == '__main__':
+    main()
