@@ -62,7 +62,7 @@ def records(path, wanted, lone, skip):
                 yield from batch.to_pylist()
     elif path.suffix == '.jsonl':
         with open(path, 'rb') as file:
-            for number, line in enumerate(filter(bytes.strip, file), 1):
+            for number, line in enumerate((line for line in file if line.strip(b'\xef\xbb\xbf \t\r\n')), 1):
                 try:
                     record = json.loads(line.decode('utf-8-sig'))
                     yield record if isinstance(record, dict) else {}

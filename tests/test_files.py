@@ -415,7 +415,8 @@ def test_a_byte_order_mark_is_not_text(tmp_path):
 def test_jsonl_with_byte_order_marks_is_read(tmp_path):
     lines = [json.dumps({'text': f'{i} {TEXT}'}, ensure_ascii=False).encode() for i in range(4)]
     bom = b'\xef\xbb\xbf'
-    for name, raw in (('a', bom + b'\n'.join(lines)), ('b', b'\n'.join(bom + line for line in lines)), ('c', bom + b'\r\n'.join(lines) + b'\r\n')):
+    for name, raw in (('a', bom + b'\n'.join(lines)), ('b', b'\n'.join(bom + line for line in lines)), ('c', bom + b'\r\n'.join(lines) + b'\r\n'),
+                      ('blank', bom + b'\n' + b'\n'.join(lines))):
         (tmp_path / f'{name}.jsonl').write_bytes(raw)
         assert documents(tmp_path / f'{name}.jsonl') == ([f'{i} {TEXT}' for i in range(4)], {'text'}, []), name
     (tmp_path / 'd.jsonl').write_bytes('\n'.join(line.decode() for line in lines).encode('utf-16'))
