@@ -69,12 +69,14 @@ def main():
     parser.add_argument('--steps', type=int, default=2000, help='of each run (default 2000, 16,000 segments)')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--workers', type=int, default=1, help='runs at a time, one thread each')
+    parser.add_argument('--rows', nargs='+', help='only these, such as meanpool_8 lm_meanpool_8 (default: all)')
     args = parser.parse_args()
     args.data, folder = str(Path(args.data).resolve()), Path(args.out).resolve() / f'seed{args.seed}'
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(args.workers) as pool:
         for wave in rows():
-            list(pool.map(lambda row: run(args, folder, row), wave))
+            list(pool.map(lambda row: run(args, folder, row),
+                          [row for row in wave if not args.rows or row[0] in args.rows]))
 
 if __name__ == '__main__':
     main()
