@@ -3,22 +3,18 @@ The encoders: a context of T tokens to a memory of M vectors, each as wide as th
 
     encoder(batch, embed) -> memory (B, M, D)      batch['context'] (B, T) token ids; batch['image'] (B, 3, S, S) pixels
                                                    if the encoder has an image_size; embed: the decoder's own embedding
-    text             the embeddings of the last N tokens: truncation, or the whole context
-    meanpool         the mean embedding of each window
-    conv1d_residual  a pyramid of residual convolutions, each of which halves the length
-    vision           the context drawn as a page and read by DeepSeek-OCR's encoder:  page -> SAM -> CLIP -> projector
 
 To add an encoder, write a class with the constructor (config, context_length, *, settings) and register it in ENCODERS
-under its --regime. config is the decoder.DecoderConfig: use config.hidden_size for D. Embeddings carry no positions, so
-attention over them sees a bag of words unless you add some. Each setting is annotated as bool, int, float or str. It
-becomes a flag of train.py, with the line "name: help" of the class's docstring as its help; it is stored in config.json
-and labels the run's row in eval.py. If the encoder has an attribute of that name with a number or a string, that is the
-value stored, so a default of None becomes its resolved value. Encoders may share settings, but a setting must not have
-the name of another flag. An encoder with an `image_size` gets pages; one with a `prompt` has it read after the memory.
+under its --regime. config is the decoder.DecoderConfig: config.hidden_size is D. Embeddings carry no positions, so
+attention over them sees a bag of words unless you add some. A setting is annotated as bool, int, float or str. It is a
+flag of train.py, whose help is the line "name: help" of the class's docstring, and is stored in config.json: as the
+attribute of that name, if that is a number or a string, so that a default of None is stored as its resolved value.
+Encoders may share settings, but a setting must not have the name of another flag. The text of an attribute `prompt` is
+read after the memory.
 
-Shapes: B batch, T context tokens, M memory vectors, D decoder width, S page side in pixels, C channels, H W height and
-width in patches, n heads, d head width. References: arXiv 2512.03643 (the compressors) and deepencoder.py of
-DeepSeek-OCR, whose parameter names (net_2, pre_layrnorm) the modules keep because the released tensors have them.
+B batch, T context tokens, M memory vectors, D decoder width, S page side in pixels, C channels, H W height and width in
+patches, h vectors a side, n heads, d head width. References: arXiv 2512.03643 (the compressors) and deepencoder.py of
+DeepSeek-OCR, whose parameter names (net_2, pre_layrnorm) are those of the released tensors.
 """
 import inspect
 from dataclasses import dataclass
@@ -53,10 +49,9 @@ def append(memory, vector):
     return torch.cat([memory, vector.expand(len(memory), 1, -1)], dim=1)
 
 class MeanPool(nn.Module):
-    """memory_i = mean(embed(context[i s : i s + w])), one more mean of the tokens left over at the end, a separator.
+    """memory_i = mean(embed(context[i s : i s + w])), one more mean of the tokens left over at the end, a separator: a
+    learned vector that tells the decoder where vectors end and tokens begin, as at the end of DeepSeek-OCR's encoder.
 
-    The separator is a learned vector that tells the decoder where vectors end and tokens begin; DeepSeek-OCR's encoder
-    ends with one as well.
     compression_window_size: tokens in a window, w
     compression_stride: from one window to the next, s (default: the window); a longer one skips tokens
     """
@@ -103,10 +98,8 @@ class Conv1dResidual(nn.Module):
 
     def __init__(self, config, context_length, *, compression_target: int = None, conv_kernel: int = 5):
         super().__init__()
-        chain = [context_length]
-        while chain[-1] > 1:
-            chain.append((chain[-1] + 1) // 2)
-        self.compression_target = chain[min(2, len(chain) - 1)] if compression_target is None else compression_target
+        chain = [-(-context_length // 2 ** k) for k in range((context_length - 1).bit_length() + 1)]     # rounded up
+        self.compression_target = chain[:3][-1] if compression_target is None else compression_target
         if self.compression_target not in chain:
             raise ValueError(f'compression_target {compression_target} is not one of {chain}: blocks halve the length')
         if conv_kernel % 2 == 0 or conv_kernel < 1:
@@ -138,60 +131,49 @@ class VisionConfig:
 WINDOW, CLIP_GRID = 14, 16                # patches on a side: of SAM's windows, and of CLIP's position table
 
 def resize_positions(table, size):
-    """Resize a square table of position vectors (1, h, h, C) to (1, size, size, C): antialiased bicubic, in fp32."""
-    if table.shape[1] == size:
-        return table
+    """Position vectors (1, h, h, C) resized to (1, size, size, C): antialiased bicubic, in fp32; exact if h = size."""
     x = F.interpolate(table.float().permute(0, 3, 1, 2), (size, size), mode='bicubic', antialias=True)
     return x.permute(0, 2, 3, 1).to(table.dtype)
 
 def relative_positions(table, size):
     """Rows i - j of a table (2h - 1, d) of relative positions, resized to 2 size - 1 rows: (size, size, d)."""
-    if table.shape[0] != 2 * size - 1:
-        table = F.interpolate(table.float().T[None], 2 * size - 1, mode='linear')[0].T.to(table.dtype)
+    table = F.interpolate(table.float().T[None], 2 * size - 1, mode='linear')[0].T.to(table.dtype)
     i = torch.arange(size, device=table.device)
     return table[i[:, None] - i[None, :] + size - 1]
-
-class SAMAttention(nn.Module):
-    """softmax(q k / sqrt(d) + q R_h + q R_w) v, with R_h and R_w the vectors of the vertical and horizontal offsets.
-
-    The naive form adds a bias to the score of the query at row i, column j and the key at row k, column l:
-        score = q . key / sqrt(d) + q . R_h[i - k] + q . R_w[j - l]
-    For one query, q R_h has only H values, one for each row of keys. So we append these to q, and to each key its row
-    as a one-hot vector, whose dot product picks the right value. Columns likewise. No (HW x HW) bias is ever stored.
-    """
-
-    def __init__(self, dim, n_head, size):
-        super().__init__()
-        self.n_head = n_head
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        self.rel_pos_h = nn.Parameter(torch.zeros(2 * size - 1, dim // n_head))
-        self.rel_pos_w = nn.Parameter(torch.zeros(2 * size - 1, dim // n_head))
-
-    def forward(self, x):
-        B, H, W, C = x.shape
-        q, k, v = self.qkv(x).view(B, H, W, 3, self.n_head, -1).permute(3, 0, 4, 1, 2, 5)       # (B, n, H, W, d) each
-        d = q.shape[-1]
-        bias_h = torch.einsum('bnhwd,hkd->bnhwk', q, relative_positions(self.rel_pos_h, H).type_as(q))
-        bias_w = torch.einsum('bnhwd,wkd->bnhwk', q, relative_positions(self.rel_pos_w, W).type_as(q))
-        row = torch.eye(H, device=x.device, dtype=q.dtype)[:, None, :].expand(B, self.n_head, H, W, H)
-        col = torch.eye(W, device=x.device, dtype=q.dtype)[None, :, :].expand(B, self.n_head, H, W, W)
-        q = torch.cat([q * d ** -0.5, bias_h.type_as(q), bias_w.type_as(q)], dim=-1).flatten(2, 3)  # (B, n, HW, d+H+W)
-        k = torch.cat([k, row, col], dim=-1).flatten(2, 3)
-        v = F.pad(v, (0, H + W)).flatten(2, 3)                                # the kernels want one width for all three
-        y = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :d]
-        return self.proj(y.transpose(1, 2).reshape(B, H, W, C))
 
 class SAMBlock(nn.Module):
     """A pre-norm transformer block: attention within windows of window x window patches; 0 is the whole page."""
 
     def __init__(self, dim, n_head, window, grid):
         super().__init__()
-        self.window = window
+        self.n_head, self.window = n_head, window
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = SAMAttention(dim, n_head, window or grid)
+        self.attn = nn.ModuleDict({'qkv': nn.Linear(dim, 3 * dim), 'proj': nn.Linear(dim, dim)})
+        for name in ('rel_pos_h', 'rel_pos_w'):
+            self.attn.register_parameter(name, nn.Parameter(torch.zeros(2 * (window or grid) - 1, dim // n_head)))
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.ModuleDict({'lin1': nn.Linear(dim, 4 * dim), 'lin2': nn.Linear(4 * dim, dim)})
+
+    def attention(self, x):
+        """The score of the query at row i, column j and the key at row k, column l has a bias for their offsets:
+
+            score = q . key / sqrt(d) + q . R_h[i - k] + q . R_w[j - l]
+
+        For one query, q R_h has only H values, one for each row of keys. So we append these to q, and to each key its
+        row as a one-hot vector, whose dot product picks the right value. Columns likewise. No (HW x HW) bias is stored.
+        """
+        B, H, W, C = x.shape
+        q, k, v = self.attn.qkv(x).view(B, H, W, 3, self.n_head, -1).permute(3, 0, 4, 1, 2, 5)  # (B, n, H, W, d) each
+        d = q.shape[-1]
+        bias_h = torch.einsum('bnhwd,hkd->bnhwk', q, relative_positions(self.attn.rel_pos_h, H).type_as(q))
+        bias_w = torch.einsum('bnhwd,wkd->bnhwk', q, relative_positions(self.attn.rel_pos_w, W).type_as(q))
+        row = torch.eye(H, device=x.device, dtype=q.dtype)[:, None, :].expand(B, self.n_head, H, W, H)
+        col = torch.eye(W, device=x.device, dtype=q.dtype)[None, :, :].expand(B, self.n_head, H, W, W)
+        q = torch.cat([q * d ** -0.5, bias_h.type_as(q), bias_w.type_as(q)], dim=-1).flatten(2, 3)  # (B, n, HW, d+H+W)
+        k = torch.cat([k, row, col], dim=-1).flatten(2, 3)
+        v = F.pad(v, (0, H + W)).flatten(2, 3)                                # the kernels want one width for all three
+        y = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :d]
+        return self.attn.proj(y.transpose(1, 2).reshape(B, H, W, C))
 
     def forward(self, x):
         B, H, W, C = x.shape                                                    # H = W, as pages are square
@@ -199,7 +181,7 @@ class SAMBlock(nn.Module):
         n = -(-H // w)                                                          # windows a side
         y = F.pad(self.norm1(x), (0, 0, 0, n * w - W, 0, n * w - H))            # attention sees the padding as well
         y = y.view(B, n, w, n, w, C).transpose(2, 3).reshape(-1, w, w, C)       # (B n n, w, w, C), a row a window
-        y = self.attn(y).view(B, n, n, w, w, C).transpose(2, 3).reshape(B, n * w, n * w, C)
+        y = self.attention(y).view(B, n, n, w, w, C).transpose(2, 3).reshape(B, n * w, n * w, C)
         x = x + y[:, :H, :W]
         return x + self.mlp.lin2(F.gelu(self.mlp.lin1(self.norm2(x))))
 
