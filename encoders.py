@@ -26,8 +26,7 @@ import torch.nn.functional as F
 class Text(nn.Module):
     """memory = embed(last N context tokens), the yardstick: 0 is no context, all of them the whole context.
 
-    text_context_tokens: N (default: the whole context)
-    """
+    text_context_tokens: N (default: the whole context)"""
 
     def __init__(self, config, context_length, *, text_context_tokens: int = None):
         super().__init__()
@@ -49,12 +48,11 @@ def append(memory, vector):
     return torch.cat([memory, vector.expand(len(memory), 1, -1)], dim=1)
 
 class MeanPool(nn.Module):
-    """memory_i = mean(embed(context[i s : i s + w])), one more mean of the tokens left over at the end, a separator: a
-    learned vector that tells the decoder where vectors end and tokens begin, as at the end of DeepSeek-OCR's encoder.
+    """memory_i = mean(embed(context[i s : i s + w])), one more mean of the tokens left over at the end, a separator:
+    a learned vector that tells the decoder where vectors end and tokens begin, as in DeepSeek-OCR.
 
     compression_window_size: tokens in a window, w
-    compression_stride: from one window to the next, s (default: the window); a longer one skips tokens
-    """
+    compression_stride: from one window to the next, s (default: the window); a longer one skips tokens"""
 
     def __init__(self, config, context_length, *, compression_window_size: int = 4, compression_stride: int = None):
         super().__init__()
@@ -93,8 +91,7 @@ class Conv1dResidual(nn.Module):
     """memory = residual blocks over the embeddings, as many as it takes from T to the target, then a separator.
 
     compression_target: vectors, T halved k times and rounded up (default: twice)
-    conv_kernel: width of the first convolution of each block, odd
-    """
+    conv_kernel: width of the first convolution of each block, odd"""
 
     def __init__(self, config, context_length, *, compression_target: int = None, conv_kernel: int = 5):
         super().__init__()
@@ -111,8 +108,6 @@ class Conv1dResidual(nn.Module):
     def forward(self, batch, embed):
         x = self.pyramid(embed(batch['context']).transpose(1, 2))               # (B, D, M - 1)
         return append(x.transpose(1, 2), self.separator)
-
-# --------------------------------------------------------------------------------------------------------------- vision
 
 @dataclass
 class VisionConfig:
@@ -156,12 +151,9 @@ class SAMBlock(nn.Module):
 
     def attention(self, x):
         """The score of the query at row i, column j and the key at row k, column l has a bias for their offsets:
-
             score = q . key / sqrt(d) + q . R_h[i - k] + q . R_w[j - l]
-
         For one query, q R_h has only H values, one for each row of keys. So we append these to q, and to each key its
-        row as a one-hot vector, whose dot product picks the right value. Columns likewise. No (HW x HW) bias is stored.
-        """
+        row as a one-hot vector, whose dot product picks the right value. Columns likewise. No HW x HW bias is stored."""
         B, H, W, C = x.shape
         q, k, v = self.attn.qkv(x).view(B, H, W, 3, self.n_head, -1).permute(3, 0, 4, 1, 2, 5)  # (B, n, H, W, d) each
         d = q.shape[-1]
@@ -259,8 +251,7 @@ class Vision(nn.Module):
 
     A page of S x S pixels has h x h vectors, h = S / 64, so M = h (h + 1) + 1: 640 pixels make 10 x 10, M = 111.
     vision_mode: tiny, small, base, large, or pixels on a side (default: the page size of the model's SAM)
-    vision_prompt: text that the decoder reads after the page
-    """
+    vision_prompt: text that the decoder reads after the page"""
 
     def __init__(self, config, context_length, *, vision_mode: str = None, vision_prompt: str = ''):
         super().__init__()

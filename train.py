@@ -35,7 +35,7 @@ from render import explain, run_main
 TINY = dict(steps=700, gradient_accumulation_steps=1, learning_rate=3e-3, beta2=0.95, log_steps=20, eval_steps=200)
 
 def flags():
-    """The parser of the command line, with the settings of every encoder as flags."""
+    """The command line, with the settings of every encoder as flags."""
     parser = argparse.ArgumentParser(usage='python train.py [--flag value ...]', allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      epilog=f'Other defaults of the tiny model: {TINY}.')
@@ -184,12 +184,11 @@ def main(argv=None):
     args.data = corpus_of(args.data, tokenizer, args.context or length, args.continuation or length)
     meta = open_corpus(args.data, tokenizer, args.context, args.continuation)
     args.context, args.continuation = meta['context'], meta['continuation']
-    names = {name for encoder in ENCODERS.values() for name in settings_of(encoder)}
-    model, _, config = load(
-        source, args.regime, args.context, args.objective, args.hybrid_text_tokens, device,
-        torch.bfloat16 if args.weights == 'bf16' else torch.float32, **{name: getattr(args, name) for name in names})
-    saved_flags = vars(args).keys() - names - {'output_dir', 'resume'}
-    config['run'].update(data=args.data, args={name: getattr(args, name) for name in sorted(saved_flags)})
+    settings = {name: getattr(args, name) for encoder in ENCODERS.values() for name in settings_of(encoder)}
+    model, _, config = load(source, args.regime, args.context, args.objective, args.hybrid_text_tokens, device,
+                            torch.bfloat16 if args.weights == 'bf16' else torch.float32, **settings)
+    config['run'].update(data=args.data, args={
+        name: value for name, value in vars(args).items() if name not in (*settings, 'output_dir', 'resume')})
     if args.compile and device.type == 'cpu' and args.weights == 'fp32' and model.decoder.config.n_routed_experts:
         raise ValueError('--compile: on the CPU, experts can be compiled only with --weights bf16')
     model.decoder.grad_checkpoint = args.grad_checkpoint
