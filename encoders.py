@@ -153,7 +153,7 @@ class SAMBlock(nn.Module):
         """The score of the query at row i, column j and the key at row k, column l has a bias for their offsets:
             score = q . key / sqrt(d) + q . R_h[i - k] + q . R_w[j - l]
         For one query, q R_h has only H values, one for each row of keys. So we append these to q, and to each key its
-        row as a one-hot vector, whose dot product picks the right value. Columns likewise. No HW x HW bias is stored."""
+        row as a one-hot vector, whose dot product picks the right value. Columns likewise. No HW x HW bias is kept."""
         B, H, W, C = x.shape
         q, k, v = self.attn.qkv(x).view(B, H, W, 3, self.n_head, -1).permute(3, 0, 4, 1, 2, 5)  # (B, n, H, W, d) each
         d = q.shape[-1]

@@ -8,7 +8,8 @@ Runs to evidence: a table, a picture, and text you can read.
 PPL is exp of the mean cross-entropy over all target tokens of the validation segments, each predicted from the true
 ones before it; accuracy is the share for which argmax is correct. Passages are generated greedily from the memory
 alone; CER is their edit distance to the originals over the length of these, in characters. Positions are those before
-the target. KV saved is in bytes a segment at bf16, ms the time to encode a segment, whose page is drawn already.
+the target. Not drawn is the share of the text that is not on the page. KV saved is in bytes a segment at bf16, ms the
+time to encode a segment, its page drawn before.
 """
 import argparse
 import struct
@@ -193,7 +194,7 @@ def row_of(folder, args, device):
         'CER': round(cer, 3) if len(texts) >= 16 and objective == 'reconstruction' else None,
         'not drawn': round(result['lost'], 3) if image_size else None,
         'KV saved': kv_bytes * (T + 1 - positions), 'ms': round(ms, 2),
-        'args': {**flags, 'regime': None, 'seed': None, 'data': data}}, texts      # what runs of one series share
+        'args': {'model': run.get('started_from'), **flags, 'regime': None, 'seed': None, 'data': data}}, texts
 
 def main(argv=None):
     """The command line: a row for each run, then picture and passages; or a page read."""

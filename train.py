@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from torch.nn.parallel import DistributedDataParallel
 
@@ -117,10 +116,9 @@ def learning_rate_scale(step, steps, warmup_ratio):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 def make_optimizer(model, encoder_lr, args):
-    """AdamW or Adafactor with one group for the encoder, unless it is frozen, and one for the decoder."""
+    """AdamW or Adafactor with a group for the encoder, which is empty if that is frozen, and one for the decoder."""
     groups = [{'params': [p for p in part.parameters() if p.requires_grad], 'peak_lr': rate}
               for part, rate in ((model.encoder, encoder_lr), (model.decoder, args.learning_rate))]
-    groups = [group for group in groups if group['params']]
     if args.optimizer == 'adamw':
         return torch.optim.AdamW(groups, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
     # Adafactor's own constants are for fp32: in bf16, eps hides small gradients and slow averages round to a halt.
@@ -175,7 +173,7 @@ def main(argv=None):
     if on_cuda:
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group('nccl' if on_cuda else 'gloo')
+        torch.distributed.init_process_group('nccl' if on_cuda else 'gloo')
     torch.manual_seed(args.seed)
 
     # ---- data, model, optimiser
@@ -247,7 +245,7 @@ def main(argv=None):
         # ---- report: the only place where the host waits for the device
         report = torch.stack([loss / world, norm / world, torch.tensor(float(len(signals)), device=device)])
         if world > 1:
-            dist.all_reduce(report)
+            torch.distributed.all_reduce(report)
         loss, norm, stop = report.tolist()
         seconds, clock_step = (time.time() - clock) / (step - clock_step), step
         memory = {'gib': torch.cuda.max_memory_allocated(device) / 2 ** 30} if on_cuda else {}
@@ -267,8 +265,8 @@ def main(argv=None):
 
     # ---- the end
     if world > 1:
-        dist.barrier()                                            # until rank 0 has saved
-        dist.destroy_process_group()
+        torch.distributed.barrier()                               # until rank 0 has saved
+        torch.distributed.destroy_process_group()
     if rank == 0 and not last:
         print(f'stopped at step {step}' + '; continue with --resume' * bool(args.save_steps))
     elif rank == 0:
