@@ -30,10 +30,9 @@ class Text(nn.Module):
 
     def __init__(self, config, context_length, *, text_context_tokens: int = None):
         super().__init__()
-        N = context_length if text_context_tokens is None else text_context_tokens
+        self.text_context_tokens = N = context_length if text_context_tokens is None else text_context_tokens
         if not 0 <= N <= context_length:
             raise ValueError(f'text_context_tokens {N} is not between 0 and the context length {context_length}')
-        self.text_context_tokens = N
 
     def forward(self, batch, embed):
         context = batch['context']
@@ -226,10 +225,9 @@ class CLIP(nn.Module):
     def __init__(self, v):
         super().__init__()
         C = v.clip_width
-        # The patch embedding is unused, but in the checkpoint.
-        self.embeddings = nn.ModuleDict({'patch_embedding': nn.Conv2d(3, C, 14, stride=14, bias=False),
-                                         'position_embedding': nn.Embedding(1 + CLIP_GRID ** 2, C)})
-        self.embeddings.patch_embedding.requires_grad_(False)
+        self.embeddings = nn.ModuleDict({                             # the first is unused, but in the checkpoint
+            'patch_embedding': nn.Conv2d(3, C, 14, stride=14, bias=False).requires_grad_(False),
+            'position_embedding': nn.Embedding(1 + CLIP_GRID ** 2, C)})
         self.embeddings.class_embedding = nn.Parameter(torch.randn(C) * 0.02)
         nn.init.normal_(self.embeddings.position_embedding.weight, std=0.02)
         self.pre_layrnorm = nn.LayerNorm(C, eps=1e-5)                           # (sic)
