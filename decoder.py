@@ -4,12 +4,8 @@ The decoder: memory and text to next-token probabilities. DeepSeek-OCR's languag
     [BOS] memory [prompt] [hybrid] | target            one sequence, causal attention, loss on the target only
           (B, M, D)         last K context tokens
 
-    x = x + attention(norm(x))          12 layers; the first has a dense MLP, the others a mixture of experts:
-    x = x + mlp(norm(x))                shared(x) + sum over the 6 likeliest of 64 experts of p_e(x) * expert_e(x)
-
-Shapes: B batch, T positions, D width, H heads, d head width, V vocabulary, E experts, k experts per token, M memory
-vectors, K hybrid tokens. Follows modeling_deepseekv2.py of deepseek-ai/DeepSeek-OCR with the settings of its
-config.json, which make the attention plain multi-head attention, not MLA.
+B batch, T positions, D width, H heads, d head width, V vocabulary, E experts, k experts per token, M memory vectors.
+Follows modeling_deepseekv2.py of DeepSeek-OCR, whose config.json makes it plain multi-head attention, not MLA.
 """
 from dataclasses import dataclass
 from functools import partial
@@ -64,9 +60,8 @@ class Attention(nn.Module):
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            if self.layer in cache:
-                k, v = (torch.cat(pair, dim=2) for pair in zip(cache[self.layer], (k, v)))
-            cache[self.layer] = k, v
+            past = cache.get(self.layer, (k[:, :, :0], v[:, :, :0]))
+            k, v = cache[self.layer] = [torch.cat(pair, dim=2) for pair in zip(past, (k, v))]
         # A single new token attends to everything before it. Several at once come only while the cache is empty.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=x.shape[1] > 1, enable_gqa=k.shape[1] != q.shape[1])
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -84,12 +79,8 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 def grouped_linear(x, weight, ends):
-    """Each row times its expert's matrix: x (rows, in) sorted by expert, weight (E, out, in) -> (rows, out).
-
-    The rows of expert e end before `ends[e]`, (E,) int32. torch's kernel handles all experts at once, without a
-    GPU-to-CPU sync on Hopper and later. It takes bf16 (on the CPU also fp32) and rows of a multiple of 16 bytes;
-    everything else goes through the loop.
-    """
+    """x (rows, in), sorted by expert, times weight (E, out, in) -> (rows, out). Expert e's rows end before ends[e]."""
+    # torch's kernel takes bf16 (on the CPU also fp32) and rows of a multiple of 16 bytes, and needs no GPU-to-CPU sync.
     dtypes = {'cuda': [torch.bfloat16], 'cpu': [torch.bfloat16, torch.float32]}.get(x.device.type, [])
     if x.dtype in dtypes and all(width * x.element_size() % 16 == 0 for width in weight.shape[1:]):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
@@ -98,9 +89,7 @@ def grouped_linear(x, weight, ends):
 
 class MoE(nn.Module):
     """shared(x) + sum over the top k of p_e * expert_e(x); p = softmax(router(x)) in fp32, not renormalised over the k.
-
-    The load-balancing loss of a sequence is alpha * sum_e (E * share of the choices that went to e) * (mean of p_e).
-    """
+    The load-balancing loss of a sequence is alpha * sum_e (E * share of the choices that went to e) * (mean of p_e)."""
 
     def __init__(self, config):
         super().__init__()
@@ -170,10 +159,7 @@ class Decoder(nn.Module):
 
     def forward(self, x, cache=None):
         """x (B, T, D) -> hidden states after the final norm (B, T, D), and the sum of the load-balancing losses.
-
-        cache: a dict, empty at first, to which each layer's keys and values (B, H, T, d) are added. x holds the
-        positions that follow those in the cache: any number while it is empty, then one at a time.
-        """
+        cache: a dict that keeps each layer's keys and values (B, H, T, d). When it is not empty, T must be 1."""
         start = cache[0][0].shape[2] if cache else 0
         assert start == 0 or x.shape[1] == 1, f'{x.shape[1]} positions at once, after {start} in the cache'
         d = self.layers[0].self_attn.head_dim
@@ -192,28 +178,20 @@ class Decoder(nn.Module):
         return F.linear(hidden, (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight).float()
 
     def token_losses(self, hidden, target, rows=None):
-        """hidden (B, T, D), target ids (B, T) -> cross-entropy in nats (B, T), whether argmax is correct (B, T).
-
-        Takes `rows` positions at a time, by default as many as make 2^27 logits (half a GB). With several chunks, the
-        backward pass computes their logits again, so that only one chunk of logits exists at any time.
-        """
+        """hidden (B, T, D), target ids (B, T) -> cross-entropy in nats (B, T), whether argmax is correct (B, T)."""
         def losses(h, t):
             logits = self.logits(h)
             return F.cross_entropy(logits, t, reduction='none'), logits.argmax(dim=-1) == t
 
+        # Only one chunk of half a GB of logits exists at any time: the backward pass computes them again.
         rows = rows or 2 ** 27 // self.config.vocab_size
-        chunks = list(zip(hidden.flatten(0, 1).split(rows), target.flatten().split(rows)))
-        if len(chunks) > 1:
-            losses = partial(checkpoint, losses, use_reentrant=False)
-        loss, hit = zip(*(losses(h, t) for h, t in chunks))
+        chunks = zip(hidden.flatten(0, 1).split(rows), target.flatten().split(rows))
+        loss, hit = zip(*(checkpoint(losses, h, t, use_reentrant=False) for h, t in chunks))
         return torch.cat(loss).view(target.shape), torch.cat(hit).view(target.shape)
 
 class Autoencoder(nn.Module):
-    """An encoder in front of a decoder. The only place that knows the layout of the sequence.
-
-    encoder(batch, embed) -> memory (B, M, D). objective: a key of OBJECTIVES. prompt: ids of the tokens after the
-    memory. hybrid: how many of the last context tokens follow as tokens; they are in the memory too and carry no loss.
-    """
+    """An encoder in front of a decoder. The only place that knows the layout of the sequence. prompt: ids of the tokens
+    after the memory. hybrid: how many of the last context tokens follow as tokens; they are in the memory too."""
 
     def __init__(self, encoder, decoder, objective='reconstruction', prompt=(), hybrid=0):
         super().__init__()
@@ -238,10 +216,8 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def generate(self, batch, max_new_tokens, temperature=0.0):
-        """Continue each row's prefix -> token ids (B, <= max_new_tokens): argmax at temperature 0, else sampled.
-
-        A row that has reached EOS repeats it, and generation ends when all rows have.
-        """
+        """Continue each row's prefix -> token ids (B, <= max_new_tokens): argmax at temperature 0, else sampled. A row
+        that has reached EOS repeats it, and generation ends when all rows have."""
         x, tokens, cache = self.prefix(batch), [], {}
         eos = torch.tensor(self.decoder.config.eos_token_id, device=x.device).view(-1)
         done = torch.zeros(len(x), dtype=torch.bool, device=x.device)

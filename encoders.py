@@ -6,19 +6,19 @@ The encoders: a context of T tokens to a memory of M vectors, each as wide as th
     text             the embeddings of the last N tokens: truncation, or the whole context
     meanpool         the mean embedding of each window
     conv1d_residual  a pyramid of residual convolutions, each of which halves the length
-    vision           the context drawn as a page and read by DeepSeek-OCR's encoder:  page -> SAM -> CLIP -> projector
+    vision           the context drawn as a page and read by DeepSeek-OCR's encoder: page -> SAM -> CLIP -> projector
 
 To add an encoder, write a class with the constructor (config, context_length, *, settings) and register it in ENCODERS
-under its --regime. config is the decoder.DecoderConfig: use config.hidden_size for D. Embeddings carry no positions, so
-attention over them sees a bag of words unless you add some. Each setting is annotated as bool, int, float or str. It
-becomes a flag of train.py, with the line "name: help" of the class's docstring as its help; it is stored in config.json
-and labels the run's row in eval.py. If the encoder has an attribute of that name with a number or a string, that is the
-value stored, so a default of None becomes its resolved value. Encoders may share settings, but a setting must not have
-the name of another flag. An encoder with an `image_size` gets pages; one with a `prompt` has it read after the memory.
+under its --regime. config is the decoder.DecoderConfig: config.hidden_size is D. Embeddings carry no positions, so
+attention over them sees a bag of words unless you add some. A setting is annotated as bool, int, float or str. It is a
+flag of train.py, whose help is the line "name: help" of the class's docstring, and is stored in config.json: as the
+attribute of that name, if that is a number or a string, so that a default of None is stored as its resolved value.
+Encoders may share settings, but a setting must not have the name of another flag. The text of an attribute `prompt` is
+read after the memory.
 
-Shapes: B batch, T context tokens, M memory vectors, D decoder width, S page side in pixels, C channels, H W height and
-width in patches, n heads, d head width. References: arXiv 2512.03643 (the compressors) and deepencoder.py of
-DeepSeek-OCR, whose parameter names (net_2, pre_layrnorm) the modules keep because the released tensors have them.
+B batch, T context tokens, M memory vectors, D decoder width, S page side in pixels, C channels, H W height and width in
+patches, h vectors a side, n heads, d head width. References: arXiv 2512.03643 (the compressors) and deepencoder.py of
+DeepSeek-OCR, whose parameter names (net_2, pre_layrnorm) are those of the released tensors.
 """
 import inspect
 from dataclasses import dataclass
@@ -30,15 +30,13 @@ import torch.nn.functional as F
 class Text(nn.Module):
     """memory = embed(last N context tokens), the yardstick: 0 is no context, all of them the whole context.
 
-    text_context_tokens: N (default: the whole context)
-    """
+    text_context_tokens: N (default: the whole context)"""
 
     def __init__(self, config, context_length, *, text_context_tokens: int = None):
         super().__init__()
-        N = context_length if text_context_tokens is None else text_context_tokens
+        self.text_context_tokens = N = context_length if text_context_tokens is None else text_context_tokens
         if not 0 <= N <= context_length:
             raise ValueError(f'text_context_tokens {N} is not between 0 and the context length {context_length}')
-        self.text_context_tokens = N
 
     def forward(self, batch, embed):
         context = batch['context']
@@ -53,13 +51,11 @@ def append(memory, vector):
     return torch.cat([memory, vector.expand(len(memory), 1, -1)], dim=1)
 
 class MeanPool(nn.Module):
-    """memory_i = mean(embed(context[i s : i s + w])), one more mean of the tokens left over at the end, a separator.
+    """memory_i = mean(embed(context[i s : i s + w])), one more mean of the tokens left over at the end, a separator:
+    a learned vector that tells the decoder where vectors end and tokens begin, as in DeepSeek-OCR.
 
-    The separator is a learned vector that tells the decoder where vectors end and tokens begin; DeepSeek-OCR's encoder
-    ends with one as well.
     compression_window_size: tokens in a window, w
-    compression_stride: from one window to the next, s (default: the window); a longer one skips tokens
-    """
+    compression_stride: from one window to the next, s (default: the window); a longer one skips tokens"""
 
     def __init__(self, config, context_length, *, compression_window_size: int = 4, compression_stride: int = None):
         super().__init__()
@@ -98,15 +94,12 @@ class Conv1dResidual(nn.Module):
     """memory = residual blocks over the embeddings, as many as it takes from T to the target, then a separator.
 
     compression_target: vectors, T halved k times and rounded up (default: twice)
-    conv_kernel: width of the first convolution of each block, odd
-    """
+    conv_kernel: width of the first convolution of each block, odd"""
 
     def __init__(self, config, context_length, *, compression_target: int = None, conv_kernel: int = 5):
         super().__init__()
-        chain = [context_length]
-        while chain[-1] > 1:
-            chain.append((chain[-1] + 1) // 2)
-        self.compression_target = chain[min(2, len(chain) - 1)] if compression_target is None else compression_target
+        chain = [-(-context_length // 2 ** k) for k in range((context_length - 1).bit_length() + 1)]     # rounded up
+        self.compression_target = chain[:3][-1] if compression_target is None else compression_target
         if self.compression_target not in chain:
             raise ValueError(f'compression_target {compression_target} is not one of {chain}: blocks halve the length')
         if conv_kernel % 2 == 0 or conv_kernel < 1:
@@ -118,8 +111,6 @@ class Conv1dResidual(nn.Module):
     def forward(self, batch, embed):
         x = self.pyramid(embed(batch['context']).transpose(1, 2))               # (B, D, M - 1)
         return append(x.transpose(1, 2), self.separator)
-
-# --------------------------------------------------------------------------------------------------------------- vision
 
 @dataclass
 class VisionConfig:
@@ -252,10 +243,9 @@ class CLIP(nn.Module):
     def __init__(self, v):
         super().__init__()
         C = v.clip_width
-        # The patch embedding is unused, but in the checkpoint.
-        self.embeddings = nn.ModuleDict({'patch_embedding': nn.Conv2d(3, C, 14, stride=14, bias=False),
-                                         'position_embedding': nn.Embedding(1 + CLIP_GRID ** 2, C)})
-        self.embeddings.patch_embedding.requires_grad_(False)
+        self.embeddings = nn.ModuleDict({                             # the first is unused, but in the checkpoint
+            'patch_embedding': nn.Conv2d(3, C, 14, stride=14, bias=False).requires_grad_(False),
+            'position_embedding': nn.Embedding(1 + CLIP_GRID ** 2, C)})
         self.embeddings.class_embedding = nn.Parameter(torch.randn(C) * 0.02)
         nn.init.normal_(self.embeddings.position_embedding.weight, std=0.02)
         self.pre_layrnorm = nn.LayerNorm(C, eps=1e-5)                           # (sic)
@@ -277,8 +267,7 @@ class Vision(nn.Module):
 
     A page of S x S pixels has h x h vectors, h = S / 64, so M = h (h + 1) + 1: 640 pixels make 10 x 10, M = 111.
     vision_mode: tiny, small, base, large, or pixels on a side (default: the page size of the model's SAM)
-    vision_prompt: text that the decoder reads after the page
-    """
+    vision_prompt: text that the decoder reads after the page"""
 
     def __init__(self, config, context_length, *, vision_mode: str = None, vision_prompt: str = ''):
         super().__init__()

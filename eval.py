@@ -1,16 +1,15 @@
 """
 Runs to evidence: a table, a picture, and text you can read.
 
-    python eval.py out/meanpool out/conv1d_residual                      a row for each run, and a passage from each
-    python eval.py out/lab/* --generate 20 --plot table.png
+    python eval.py out/lab/* --generate 20 --plot table.png              a row and 20 passages for each run
     python eval.py out/vision --data my_texts --font_size 12             another corpus; pages in another type size
     python eval.py --model deepseek-ai/DeepSeek-OCR --image page.png     read a page
 
-PPL is exp of the mean cross-entropy over all target tokens of the validation segments; accuracy is the share of tokens
-for which argmax is correct. Each token is predicted from the true ones before it. Passages are generated greedily from
-the memory alone, and CER is their edit distance to the originals over the length of these, in characters. Positions are
-all those before the target. KV saved is in bytes a segment at bf16, ms the time to encode a segment, its page drawn
-before. Not drawn is the share of the text that is not on the page.
+PPL is exp of the mean cross-entropy over all target tokens of the validation segments, each predicted from the true
+ones before it; accuracy is the share for which argmax is correct. Passages are generated greedily from the memory
+alone; CER is their edit distance to the originals over the length of these, in characters. Positions are those before
+the target. Not drawn is the share of the text that is not on the page. KV saved is in bytes a segment at bf16, ms the
+time to encode a segment, its page drawn before.
 """
 import argparse
 import struct
@@ -26,7 +25,7 @@ from PIL import Image, ImageOps
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-from data import Batches, check_numbers, corpus_of
+from data import Batches, check_numbers, corpus_of, open_corpus
 from decoder import OBJECTIVES
 from load_deepseek import VISION, fetch, load, load_run, open_tensors
 from render import check, explain, run_main
@@ -42,7 +41,7 @@ def autocast(device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == 'cuda')
 
 def to_device(batch, device):
-    """The tensors of a batch on the device."""
+    """A batch on the device."""
     return {name: x.to(device, non_blocking=True) for name, x in batch.items()}
 
 @torch.no_grad()
@@ -51,8 +50,8 @@ def evaluate(model, batches, device, workers=0, rank=0, world=1, progress=False,
     pages also 'lost', the share of the text that is not on them. mask(batch) -> bool (B, T): the tokens that count."""
     sums = torch.zeros(5, dtype=torch.float64)
     model.eval()
-    numbers = range(rank, len(batches), world)
-    for batch in tqdm(batches.loader(numbers, workers), total=len(numbers), disable=not progress, leave=False):
+    loader = batches.loader(range(rank, len(batches), world), workers)
+    for batch in tqdm(loader, disable=not progress, leave=False):
         with autocast(device):
             losses, hits, _ = model(to_device(batch, device))
         counted = mask(batch).to(device) if mask else torch.ones_like(hits)
@@ -62,8 +61,8 @@ def evaluate(model, batches, device, workers=0, rank=0, world=1, progress=False,
         sums = sums.to(device)
         torch.distributed.all_reduce(sums)
     loss, accuracy, lost = (sums[:3] / sums[[3, 3, 4]]).tolist()
-    result = {'loss': loss, 'ppl': exp(min(loss, 700)), 'accuracy': accuracy}
-    return {**result, 'lost': lost} if batches.image_size else result
+    pages = {'lost': lost} if batches.image_size else {}
+    return {'loss': loss, 'ppl': exp(min(loss, 700)), 'accuracy': accuracy, **pages}
 
 def text_of(ids, tokenizer, eos=()):
     """Token ids as text, up to the first id in `eos`; ids outside the vocabulary are dropped."""
@@ -111,19 +110,17 @@ def plot(rows, path):
             name = ['truncation' if row['regime'] == 'text' else row['regime'], *[row['setting']] * (len(alike) > 1)]
             series.setdefault(', '.join(name + [f'{key} {row["args"].get(key)}' for key in differ]), []).append(row)
         for color, (name, runs) in enumerate(series.items()):
-            ratios = sorted({row['ratio'] for row in runs})
-            means = {x: np.mean([row['PPL'] for row in runs if row['ratio'] == x]) for x in ratios}
-            ax.plot([row['ratio'] for row in runs], [row['PPL'] for row in runs], 'o', color=f'C{color}', label=name)
-            ax.plot(means.keys(), means.values(), color=f'C{color}')
-            for x, mean in means.items():
-                ax.annotate(f'{mean:.3g}', (x, mean), (4, 4), textcoords='offset points', fontsize=8)
-        for name, ends in (('no context', [row['PPL'] for row in points if row['positions'] == 1]),
-                           ('whole context', [row['PPL'] for row in points if row['KV saved'] == 0])):
-            if ends:
+            x, y = np.array([(row['ratio'], row['PPL']) for row in runs]).T
+            means = [(ratio, y[x == ratio].mean()) for ratio in np.unique(x)]
+            ax.plot(x, y, 'o', color=f'C{color}', label=name)
+            ax.plot(*zip(*means), color=f'C{color}')
+            for point in means:
+                ax.annotate(f'{point[1]:.3g}', point, (4, 4), textcoords='offset points', fontsize=8)
+        for name, column, value in (('no context', 'positions', 1), ('whole context', 'KV saved', 0)):
+            if ends := [row['PPL'] for row in points if row[column] == value]:
                 ax.axhline(min(ends), color='grey', ls='--', lw=1, label=f'{name} {min(ends):.3g}')
-        ax.set(title=f'{panel[0]} on {panel[1]}', xlabel='context tokens / positions before the target', xscale='log',
-               ylabel='perplexity')
-        ax.set_xticks([2 ** k for k in range(11)], [2 ** k for k in range(11)], minor=False)
+        ax.set(title=' on '.join(panel), xlabel='context tokens / positions before the target', ylabel='perplexity')
+        ax.set(xscale='log', xticks=2 ** np.arange(11), xticklabels=2 ** np.arange(11))
         ax.legend(frameon=False, fontsize=8)
     with explain(f'{path}: cannot be written'):
         figure.savefig(path, dpi=150)
@@ -147,13 +144,12 @@ def open_image(path):
 
 def read_page(args, device):
     """Print what DeepSeek-OCR reads on an image, which is preprocessed as in the original. Raises ValueError."""
-    image = open_image(args.image)
+    image, dtype = open_image(args.image), torch.bfloat16 if device.type == 'cuda' else torch.float32
     can_read = any(name.startswith(VISION) for name in open_tensors(fetch(args.model)))
     check(can_read, f'{args.model}: has no vision encoder, so it cannot read')
-    prompt = args.prompt.replace('<image>', '').strip()           # the page takes the tag's place
-    model, tokenizer, _ = load(
-        args.model, 'vision', 0, device=device, dtype=torch.bfloat16 if device.type == 'cuda' else torch.float32,
-        vision_mode=args.vision_mode, vision_prompt='\n' + prompt if prompt else '')
+    prompt = ('\n' + args.prompt.replace('<image>', '').strip()).rstrip()        # the page takes the tag's place
+    model, tokenizer, _ = load(args.model, 'vision', 0, device=device, dtype=dtype, vision_mode=args.vision_mode,
+                               vision_prompt=prompt)
     size = (model.encoder.image_size,) * 2
     image = image.resize(size) if size[0] <= 640 else ImageOps.pad(image, size, color=(127, 127, 127))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]         # (1, 3, S, S) uint8
@@ -164,22 +160,25 @@ def read_page(args, device):
     if ids[-1] not in eos:
         print(f'stopped at --max_new_tokens {len(ids)}, before the end of the text', file=sys.stderr)
 
+def compression_ratio(context, positions):
+    """Context tokens for each position before the target, BOS and prompt counted."""
+    return round(context / positions, 2)
+
 def row_of(folder, args, device):
     """Evaluate a run -> its row of the table, a dict, and [(original, generated)]."""
     model, tokenizer, config = load_run(folder, device)
     run, image_size, c = config['run'], getattr(model.encoder, 'image_size', None), model.decoder.config
-    flags = run.get('args', {})
-    data = corpus_of(args.data or run['data'], tokenizer, run['context'], flags.get('continuation', run['context']))
+    flags, T, objective = run.get('args', {}), run['context'], run['objective']
+    data = corpus_of(args.data or run['data'], tokenizer, T, flags.get('continuation', T))
+    open_corpus(data, tokenizer, T)
     page = {k: v for k in ('font', 'font_size', 'line_spacing') if image_size and (v := getattr(args, k))}
     batches = Batches(data, 'val', args.batch_size, tokenizer, image_size, limit=args.segments, **page)
-    made_for = batches.meta['context']
-    check(made_for == run['context'], f'{data}: made for context {made_for}, not {run["context"]} as {folder}')
     result = evaluate(model, batches, device, args.workers, progress=True)
     pairs = (pair for n in range(len(batches)) for pair in passages(model, batches[n], tokenizer, device))
     texts = list(islice(pairs, args.generate))
     if len(texts) < args.generate:
         print(f'{folder}: only {len(texts)} passages, as there are no more segments', file=sys.stderr)
-    errors, length = sum(edit_distance(*pair) for pair in texts), sum(len(original) for original, _ in texts)
+    cer = sum(edit_distance(*pair) for pair in texts) / max(sum(len(original) for original, _ in texts), 1)
     one = to_device({name: x[:1] for name, x in batches[0].items()}, device)
     with torch.no_grad(), autocast(device):
         positions = model.prefix(one).shape[1]
@@ -187,18 +186,14 @@ def row_of(folder, args, device):
     kv_bytes = 4 * c.num_hidden_layers * c.num_key_value_heads * c.hidden_size // c.num_attention_heads   # a position
     labels = {**run['settings'], 'hybrid': run['hybrid'] or '', **page}
     return {
-        'run': folder, 'regime': run['regime'], 'objective': run['objective'], 'data': Path(data).name,
+        'run': folder, 'regime': run['regime'], 'objective': objective, 'data': Path(data).name,
         'setting': ', '.join(f'{name} {value}' for name, value in labels.items() if value not in ('', None)),
-        'positions': positions, 'ratio': compression_ratio(run['context'], positions), 'PPL': round(result['ppl'], 3),
+        'positions': positions, 'ratio': compression_ratio(T, positions), 'PPL': round(result['ppl'], 3),
         'accuracy': round(result['accuracy'], 3),
-        'CER': round(errors / length, 3) if len(texts) >= 16 and run['objective'] == 'reconstruction' else None,
+        'CER': round(cer, 3) if len(texts) >= 16 and objective == 'reconstruction' else None,
         'not drawn': round(result['lost'], 3) if image_size else None,
-        'KV saved': kv_bytes * (run['context'] + 1 - positions), 'ms': round(ms, 2),
-        'args': {**flags, **page, 'seed': None, 'data': data, 'started_from': run.get('started_from')}}, texts
-
-def compression_ratio(context, positions):
-    """Context tokens for each position before the target, BOS and prompt counted."""
-    return round(context / positions, 2)
+        'KV saved': kv_bytes * (T + 1 - positions), 'ms': round(ms, 2),
+        'args': {'model': run.get('started_from'), **flags, 'regime': None, 'seed': None, 'data': data}}, texts
 
 def main(argv=None):
     """The command line: a row for each run, then picture and passages; or a page read."""

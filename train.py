@@ -8,8 +8,7 @@ One run: one regime, one objective.
     torchrun --nproc_per_node=8 train.py ...                                                 the same on eight
 
 A run is the folder out/<regime> (or out/<regime>_lm): config.json, the weights and the optimiser as last saved, and
-log.jsonl, a line per report. --resume continues from the last save, bit for bit. A run's flags are the defaults of the
-runs that continue it, with --resume or with --model.
+log.jsonl, a line per report. Its flags are the defaults of the runs that continue it, with --resume or with --model.
 """
 import argparse
 import json
@@ -21,7 +20,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,16 +34,15 @@ from render import check, explain, run_main
 TINY = dict(steps=700, gradient_accumulation_steps=1, learning_rate=3e-3, beta2=0.95, log_steps=20, eval_steps=200)
 
 def flags():
-    """The parser of the command line, with the settings of every encoder as flags."""
-    parser = argparse.ArgumentParser(
-        description='Train an encoder and a decoder on one objective.', usage='python train.py [--flag value ...]',
-        epilog=f'Other defaults of the tiny model: {TINY}. The defaults of a run are the flags it was made with.',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    """The command line, with the settings of every encoder as flags."""
+    parser = argparse.ArgumentParser(usage='python train.py [--flag value ...]', allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     epilog=f'Other defaults of the tiny model: {TINY}.')
 
-    def add(name, kind, default, text, **options):
+    def add(name, kind, default, text, choices=None):
         names = [f'--{name}'] + [f'--{name.replace("_", "-")}'] * (kind is bool and '_' in name)   # --no-train-encoder
-        options = options or ({'action': argparse.BooleanOptionalAction} if kind is bool else {'type': kind})
-        parser.add_argument(*names, default=default, help=text, **options)
+        how = {'action': argparse.BooleanOptionalAction} if kind is bool else {'type': kind, 'choices': choices}
+        parser.add_argument(*names, default=default, help=text, **how)
 
     add('model', str, 'tiny', 'tiny, full (random weights), a hub id, a folder or a run')
     add('regime', str, 'meanpool', 'how the context is encoded', choices=ENCODERS)
@@ -56,10 +53,10 @@ def flags():
     add('context', int, None, 'context tokens in a segment; None: as in --data, else 1000, for tiny 128')
     add('continuation', int, None, 'continuation tokens in a segment; None: likewise')
     add('output_dir', str, None, "the run's folder; None: out/<regime> or out/<regime>_lm")
-    add('resume', bool, False, 'continue the run in --output_dir', action='store_true')
+    add('resume', bool, False, 'continue the run in --output_dir')
     for name, encoder in {name: encoder for encoder in ENCODERS.values() for name in settings_of(encoder)}.items():
-        text = re.search(rf'\b{name}: (.*)', encoder.__doc__ or '')
-        add(name, settings_of(encoder)[name].annotation, None, f'{encoder.__name__}: {text[1] if text else ""}')
+        text = re.search(rf'\b{name}: (.*)|$', encoder.__doc__ or '')[1]
+        add(name, settings_of(encoder)[name].annotation, None, f'{encoder.__name__}: {text}')
     add('steps', int, None, 'optimiser steps; None: one epoch')
     add('batch_size', int, 8, 'segments in a micro-batch')
     add('gradient_accumulation_steps', int, 6, 'micro-batches in a step, over all processes')
@@ -87,11 +84,11 @@ def parse_args(argv=None):
     the command line wins. Raises ValueError for values out of range, or a --resume that would change the run."""
     parser = flags()
     args = parser.parse_args(argv)
-    folder = lambda parsed: parsed.output_dir or f'out/{parsed.regime}' + '_lm' * (parsed.objective == 'lm')
-    model = folder(args) if args.resume else args.model
-    run = {} if model in PRESETS else read_json(fetch(model) / 'config.json').get('run', {})
-    check('args' in run or not args.resume, f'--resume: no saved run in {model}')
-    parser.set_defaults(**(TINY if model == 'tiny' else run.get('args', {})))
+    folder = lambda args: args.output_dir or f'out/{args.regime}' + '_lm' * (args.objective == 'lm')
+    source = folder(args) if args.resume else args.model
+    run = {} if source in PRESETS else read_json(fetch(source) / 'config.json').get('run', {})
+    check('args' in run or not args.resume, f'--resume: no saved run in {source}')
+    parser.set_defaults(**(TINY if source == 'tiny' else run.get('args', {})))
     if run and parser.parse_args(argv).regime == run['regime']:       # the settings belong to the run's own encoder
         parser.set_defaults(**run['settings'])
     args = parser.parse_args(argv)
@@ -101,13 +98,13 @@ def parse_args(argv=None):
     check(args.seed < 2 ** 63, f'--seed {args.seed}: must be below 2^63')
     if args.resume:
         was = {**run['args'], **run['settings']}
-        fixed = 'regime', 'objective', 'hybrid_text_tokens', 'train_encoder', 'context', 'continuation'
-        for name in [*fixed, *run['settings']]:
+        for name in ['regime', 'objective', 'hybrid_text_tokens', 'train_encoder', 'context', 'continuation',
+                     *run['settings']]:
             value = getattr(args, name)
             check(value == was[name], f'--{name} {value}: the run to --resume has {was[name]}')
         if args.steps != was['steps']:
             print(f'--steps {args.steps}: the learning rate now follows the schedule of that many steps')
-    args.model, args.output_dir = model, folder(args)
+    args.output_dir = folder(args)
     return args
 
 def learning_rate_scale(step, steps, warmup_ratio):
@@ -118,10 +115,9 @@ def learning_rate_scale(step, steps, warmup_ratio):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 def make_optimizer(model, encoder_lr, args):
-    """AdamW or Adafactor with one group for the encoder, unless it is frozen, and one for the decoder."""
+    """AdamW or Adafactor with a group for the encoder, which is empty if that is frozen, and one for the decoder."""
     groups = [{'params': [p for p in part.parameters() if p.requires_grad], 'peak_lr': rate}
               for part, rate in ((model.encoder, encoder_lr), (model.decoder, args.learning_rate))]
-    groups = [group for group in groups if group['params']]
     if args.optimizer == 'adamw':
         return torch.optim.AdamW(groups, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
     # Adafactor's own constants are for fp32: in bf16, eps hides small gradients and slow averages round to a halt.
@@ -167,8 +163,6 @@ def main(argv=None):
     """The run, from top to bottom. Under torchrun each process runs it."""
     # ---- setup
     args = parse_args(argv)
-    names = {name for encoder in ENCODERS.values() for name in settings_of(encoder)}
-    settings = {name: vars(args).pop(name) for name in names}
     world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))      # torchrun sets them
     out, device = Path(args.output_dir), pick_device(args.device, int(os.environ.get('LOCAL_RANK', 0)))
     G, on_cuda = args.gradient_accumulation_steps, device.type == 'cuda'
@@ -178,25 +172,27 @@ def main(argv=None):
     if on_cuda:
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group('nccl' if on_cuda else 'gloo')
+        torch.distributed.init_process_group('nccl' if on_cuda else 'gloo')
     torch.manual_seed(args.seed)
 
     # ---- data, model, optimiser
-    tokenizer, length = tokenizer_of(args.model), 128 if args.model == 'tiny' else 1000
-    data = corpus_of(args.data, tokenizer, args.context or length, args.continuation or length)
-    meta = open_corpus(data, tokenizer, args.context, args.continuation)
-    model, _, config = load(args.model, args.regime, meta['context'], args.objective, args.hybrid_text_tokens, device,
+    source, length = out if args.resume else args.model, 128 if args.model == 'tiny' else 1000
+    tokenizer = tokenizer_of(source)
+    args.data = corpus_of(args.data, tokenizer, args.context or length, args.continuation or length)
+    meta = open_corpus(args.data, tokenizer, args.context, args.continuation)
+    args.context, args.continuation = meta['context'], meta['continuation']
+    settings = {name: getattr(args, name) for encoder in ENCODERS.values() for name in settings_of(encoder)}
+    model, _, config = load(source, args.regime, args.context, args.objective, args.hybrid_text_tokens, device,
                             torch.bfloat16 if args.weights == 'bf16' else torch.float32, **settings)
-    kept = {name: value for name, value in vars(args).items() if name not in ('model', 'output_dir', 'resume')}
-    kept.update(data=data, context=meta['context'], continuation=meta['continuation'])
-    config['run'].update(data=data, args=kept, **{} if args.resume else {'started_from': args.model})
+    config['run'].update(data=args.data, args={
+        name: value for name, value in vars(args).items() if name not in (*settings, 'output_dir', 'resume')})
     cannot_compile = device.type == 'cpu' and args.weights == 'fp32' and model.decoder.config.n_routed_experts
     check(not (args.compile and cannot_compile), '--compile: on the CPU, experts compile only with --weights bf16')
     model.decoder.grad_checkpoint = args.grad_checkpoint
     model.encoder.requires_grad_(args.train_encoder)
     image_size = getattr(model.encoder, 'image_size', None)
-    side = lambda name, limit=None: Batches(data, name, args.batch_size, tokenizer, image_size, args.seed, limit)
-    train, val_part, val = side('train'), side('val', args.eval_segments), side('val')
+    train, val_part, val = (Batches(args.data, side, args.batch_size, tokenizer, image_size, args.seed, limit)
+                            for side, limit in (('train', None), ('val', args.eval_segments), ('val', None)))
     workers = args.workers if args.workers is not None else (6 if on_cuda else 2) if image_size else 2 * on_cuda
     steps, targets = args.steps or -(-len(train) // G), meta[OBJECTIVES[args.objective]]
     pretrained_vision = args.regime == 'vision' and config['run']['pretrained_encoder']
@@ -210,14 +206,14 @@ def main(argv=None):
     log_path, best = out / 'log.jsonl', math.inf
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        lines = [json.loads(line) for line in log_path.read_text().splitlines() if line.endswith('}')] if start else []
-        lines = [line for line in lines if line['step'] <= start]             # a resumed run writes the rest again
-        best = min((line['val_loss'] for line in lines if 'val_loss' in line), default=best)
+        lines = [line for line in log_path.read_text().splitlines() if line.endswith('}')] if start else []
+        lines = [line for line in map(json.loads, lines) if line['step'] <= start]      # the run writes the rest again
+        best = min(line.get('val_loss', best) for line in [{}, *lines])
         log_path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
-        count = lambda part: sum(p.numel() for p in part.parameters())
-        print(f'{out}: {args.regime} {config["run"]["settings"]}, {args.objective}; encoder {count(model.encoder):,} '
-              f'parameters at {encoder_lr:g}, decoder {count(model.decoder):,} at {args.learning_rate:g}; '
-              f'{train.n:,} segments; on {world} x {device.type}')
+        sizes = [sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.decoder)]
+        print(f'{out}: {args.regime} {config["run"]["settings"]}, {args.objective}; {train.n:,} segments; encoder '
+              f'{sizes[0]:,} parameters at {encoder_lr:g}, decoder {sizes[1]:,} at {args.learning_rate:g}; '
+              f'{world} x {device.type}')
         if image_size and (lost := train[0]['lost'].mean()):
             print(f'{lost:.1%} of the text is not on the pages: the font lacks it, or it does not fit')
 
@@ -235,7 +231,7 @@ def main(argv=None):
     forward = torch.compile(model, dynamic=False) if (on_cuda if args.compile is None else args.compile) else model
     if world > 1:
         forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
-    clock, clock_step, stop = time.time(), start, False
+    clock, clock_step = time.time(), start
     for step in range(start + 1, steps + 1):
         torch.manual_seed(args.seed + world * step + rank)        # what an encoder draws follows from the step as well
         scale = learning_rate_scale(step - 1, steps, args.warmup_ratio)
@@ -249,7 +245,7 @@ def main(argv=None):
         # ---- report: the only place where the host waits for the device
         report = torch.stack([loss / world, norm / world, torch.tensor(float(len(signals)), device=device)])
         if world > 1:
-            dist.all_reduce(report)
+            torch.distributed.all_reduce(report)
         loss, norm, stop = report.tolist()
         seconds, clock_step = (time.time() - clock) / (step - clock_step), step
         memory = {'gib': torch.cuda.max_memory_allocated(device) / 2 ** 30} if on_cuda else {}
@@ -261,24 +257,22 @@ def main(argv=None):
             best = min(best, result['loss'])
             log(step, **{f'val_{k}': v for k, v in result.items()}, best_val_loss=best)
         if rank == 0 and args.save_steps and (due(args.save_steps) or stop):
-            source = None if args.model in PRESETS or args.resume else fetch(args.model)
-            save_run(out, step, model, optimizer, config, source)
+            save_run(out, step, model, optimizer, config, None if args.resume or source in PRESETS else fetch(source))
         clock = time.time()                                       # the reported speed is that of training alone
         if stop and not last:
             break
 
     # ---- the end
     if world > 1:
-        dist.barrier()                                            # until rank 0 has saved
-        dist.destroy_process_group()
+        torch.distributed.barrier()                               # until rank 0 has saved
+        torch.distributed.destroy_process_group()
     if rank == 0 and not last:
         print(f'stopped at step {step}' + '; continue with --resume' * bool(args.save_steps))
     elif rank == 0:
         show(*passages(model, {name: x[:1] for name, x in val[0].items()}, tokenizer, device, 256)[0], args.objective)
         print(f'{out}: python eval.py {out} shows more' if args.save_steps else 'nothing saved, as --save_steps is 0')
         if args.model == 'tiny':
-            print('The same with the real model, on DIR made by data.py:\n'
-                  f'    python train.py --regime {args.regime} --data DIR --model deepseek-ai/DeepSeek-OCR')
+            print(f'The real one: python train.py --regime {args.regime} --data DIR --model deepseek-ai/DeepSeek-OCR')
 
 if __name__ == '__main__':
     run_main(main)
