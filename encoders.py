@@ -94,9 +94,11 @@ class Conv1dResidual(nn.Module):
     """memory = residual blocks over the embeddings, as many as it takes from T to the target, then a separator.
 
     compression_target: vectors, T halved k times and rounded up (default: twice)
-    conv_kernel: width of the first convolution of each block, odd"""
+    conv_kernel: width of the first convolution of each block, odd
+    conv_gain: of each block's last norm at the start; 0 starts as mean pooling, which small models soon learn to read"""
 
-    def __init__(self, config, context_length, *, compression_target: int = None, conv_kernel: int = 5):
+    def __init__(self, config, context_length, *, compression_target: int = None, conv_kernel: int = 5,
+                 conv_gain: float = 1.0):
         super().__init__()
         chain = [-(-context_length // 2 ** k) for k in range((context_length - 1).bit_length() + 1)]     # rounded up
         self.compression_target = chain[:3][-1] if compression_target is None else compression_target
@@ -106,6 +108,8 @@ class Conv1dResidual(nn.Module):
             raise ValueError(f'conv_kernel {conv_kernel} is not an odd positive number')
         blocks = chain.index(self.compression_target)
         self.pyramid = nn.Sequential(*(ResidualBlock(config.hidden_size, conv_kernel) for _ in range(blocks)))
+        for block in self.pyramid:
+            nn.init.constant_(block.norm2.weight, conv_gain)
         self.separator = learned(config.hidden_size)
 
     def forward(self, batch, embed):

@@ -25,7 +25,7 @@ SHARED = ('--batch_size 8 --gradient_accumulation_steps 1 --beta2 0.95 --log_ste
 REGIMES = {                                                   # flags with the rate that did best of three
     'text': '--regime text --learning_rate 1e-3 --text_context_tokens',
     'meanpool': '--regime meanpool --learning_rate 3e-3 --compression_window_size',
-    'conv': '--regime conv1d_residual --learning_rate 3e-3 --compression_target',
+    'conv': '--regime conv1d_residual --learning_rate 3e-3 --encoder_lr 3e-4 --conv_gain 0 --compression_target',
     'vision': '--regime vision --learning_rate 3e-4 --encoder_lr 1e-4 --vision_mode',
     'frozen': '--regime vision --learning_rate 3e-4 --no-train-encoder --vision_mode'}
 

@@ -103,6 +103,17 @@ def test_illegal_settings_are_refused(regime, settings, message):
     assert message in str(e.value) and '\n' not in str(e.value)
 
 
+def test_a_pyramid_of_gain_0_starts_as_mean_pooling():
+    """Each block is then gelu(mean of two), and the convolutions still get a gradient, through the gain."""
+    encoder = ENCODERS['conv1d_residual'](golden_config(), 16, compression_target=4, conv_gain=0.0)
+    x = torch.randn(2, 16, golden_config().hidden_size, generator=torch.Generator().manual_seed(0))
+    memory = encoder({'context': None}, lambda ids: x)
+    pairs = lambda x: torch.nn.functional.gelu(x.unflatten(1, (-1, 2)).mean(2))
+    torch.testing.assert_close(memory[:, :-1], pairs(pairs(x)))
+    memory.sum().backward()
+    assert all(block.norm2.weight.grad.abs().min() > 0 for block in encoder.pyramid)
+
+
 def test_clip_block_by_its_formula():
     """With weights of a size at which the 1.702 of the quick GELU shows."""
     torch.manual_seed(0)
