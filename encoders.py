@@ -95,7 +95,7 @@ class Conv1dResidual(nn.Module):
 
     compression_target: vectors, T halved k times and rounded up (default: twice)
     conv_kernel: width of the first convolution of each block, odd
-    conv_gain: of each block's last norm at the start; 0 starts as mean pooling, which small models soon learn to read"""
+    conv_gain: of each block's last norm at the start; 0 starts as mean pooling, which a small model soon reads"""
 
     def __init__(self, config, context_length, *, compression_target: int = None, conv_kernel: int = 5,
                  conv_gain: float = 1.0):

@@ -33,6 +33,10 @@ from render import check, explain, run_main
 # Where the tiny model departs from the other defaults, which follow the paper.
 TINY = dict(steps=700, gradient_accumulation_steps=1, learning_rate=3e-3, beta2=0.95, log_steps=20, eval_steps=200)
 
+def encoder_flags():
+    """Every setting of every encoder is a flag: {name: a class that has it}."""
+    return {name: encoder for encoder in ENCODERS.values() for name in settings_of(encoder)}
+
 def flags():
     """The command line, with the settings of every encoder as flags."""
     parser = argparse.ArgumentParser(usage='python train.py [--flag value ...]', allow_abbrev=False,
@@ -54,7 +58,7 @@ def flags():
     add('continuation', int, None, 'continuation tokens in a segment; None: likewise')
     add('output_dir', str, None, "the run's folder; None: out/<regime> or out/<regime>_lm")
     add('resume', bool, False, 'continue the run in --output_dir')
-    for name, encoder in {name: encoder for encoder in ENCODERS.values() for name in settings_of(encoder)}.items():
+    for name, encoder in encoder_flags().items():
         text = re.search(rf'\b{name}: (.*)|$', encoder.__doc__ or '')[1]
         add(name, settings_of(encoder)[name].annotation, None, f'{encoder.__name__}: {text}')
     add('steps', int, None, 'optimiser steps; None: one epoch')
@@ -92,8 +96,8 @@ def parse_args(argv=None):
     if run and parser.parse_args(argv).regime == run['regime']:       # the settings belong to the run's own encoder
         parser.set_defaults(**run['settings'])
     args = parser.parse_args(argv)
-    check_numbers(args, 'hybrid_text_tokens text_context_tokens learning_rate encoder_lr weight_decay beta2 '
-                        'warmup_ratio workers seed save_steps')
+    check_numbers(args, 'hybrid_text_tokens learning_rate encoder_lr weight_decay beta2 warmup_ratio workers seed '
+                        'save_steps ' + ' '.join(encoder_flags()))
     check(args.warmup_ratio <= 1 > args.beta2, '--warmup_ratio must be at most 1, --beta2 below 1')
     check(args.seed < 2 ** 63, f'--seed {args.seed}: must be below 2^63')
     if args.resume:
@@ -181,7 +185,7 @@ def main(argv=None):
     args.data = corpus_of(args.data, tokenizer, args.context or length, args.continuation or length)
     meta = open_corpus(args.data, tokenizer, args.context, args.continuation)
     args.context, args.continuation = meta['context'], meta['continuation']
-    settings = {name: getattr(args, name) for encoder in ENCODERS.values() for name in settings_of(encoder)}
+    settings = {name: getattr(args, name) for name in encoder_flags()}
     model, _, config = load(source, args.regime, args.context, args.objective, args.hybrid_text_tokens, device,
                             torch.bfloat16 if args.weights == 'bf16' else torch.float32, **settings)
     config['run'].update(data=args.data, args={

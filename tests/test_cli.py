@@ -36,6 +36,7 @@ def refused(capsys, main, command, message):
     ('--regime conv1d_residual --compression_target 33', '[128, 64, 32, 16, 8, 4, 2, 1]'),
     ('--regime conv1d_residual --conv_kernel 4', 'conv_kernel 4'),
     ('--regime meanpool --compression_window_size 129', 'window 129'),
+    ('--regime meanpool --compression_window_size 0', 'window 0'),
     ('--regime meanpool --hybrid_text_tokens 129', '--hybrid_text_tokens 129'),
     ('--regime meanpool --hybrid_text_tokens -1', '--hybrid_text_tokens -1'),
     ('--regime meanpool --compression_target 32', '--compression_target: not a setting of meanpool'),
