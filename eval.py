@@ -96,19 +96,22 @@ def show(original, generated, title, width=110):
         print(a[i:i + width], b[i:i + width], sep='\n', end='\n\n')
 
 def plot(rows, path):
-    """Draw PPL against ratio, a panel for each objective and corpus, a dot for each run. A line joins the means of runs
-    that differ only in seed and ratio. Dashed lines are no context and the whole context."""
+    """Draw PPL against ratio, a panel for each objective and corpus, a dot for each run, a line through the means over
+    seeds. What else differs between runs of a regime at one ratio makes two lines of them and is in their names. Dashed
+    lines are no context and the whole context."""
     import matplotlib.pyplot as plt
     panels = list(dict.fromkeys((row['objective'], row['data']) for row in rows))
     figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False, layout='constrained')
     for ax, panel in zip(axes[0], panels):
         points = [row for row in rows if (row['objective'], row['data']) == panel]
-        differ = [key for key in points[0]['args'] if len({str(row['args'].get(key)) for row in points}) > 1]
+        fields = lambda row: {'setting': row['setting'], **row['args']}
+        twins = ((a, b) for a in points for b in points if (a['regime'], a['ratio']) == (b['regime'], b['ratio']))
+        differ = {(a['regime'], key) for a, b in twins for key, x in fields(a).items() if x != fields(b).get(key)}
         series = {}
         for row in points:
-            alike = {r['setting'] for r in points if (r['regime'], r['ratio']) == (row['regime'], row['ratio'])}
-            name = ['truncation' if row['regime'] == 'text' else row['regime'], *[row['setting']] * (len(alike) > 1)]
-            series.setdefault(', '.join(name + [f'{key} {row["args"].get(key)}' for key in differ]), []).append(row)
+            name = ['truncation' if row['regime'] == 'text' else row['regime']]
+            name += [f'{key} {value}' for key, value in fields(row).items() if (row['regime'], key) in differ]
+            series.setdefault(', '.join(name), []).append(row)
         for color, (name, runs) in enumerate(series.items()):
             x, y = np.array([(row['ratio'], row['PPL']) for row in runs]).T
             means = [(ratio, y[x == ratio].mean()) for ratio in np.unique(x)]
@@ -193,7 +196,8 @@ def row_of(folder, args, device):
         'CER': round(cer, 3) if len(texts) >= 16 and objective == 'reconstruction' else None,
         'not drawn': round(result['lost'], 3) if image_size else None,
         'KV saved': kv_bytes * (T + 1 - positions), 'ms': round(ms, 2),
-        'args': {'model': run.get('started_from'), **flags, 'regime': None, 'seed': None, 'data': data}}, texts
+        'args': {**flags, 'model': Path(flags.get('model') or run.get('started_from', '')).name,   # alike for all seeds
+                 'regime': None, 'seed': None, 'data': data}}, texts
 
 def main(argv=None):
     """The command line: a row for each run, then picture and passages; or a page read."""

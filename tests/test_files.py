@@ -348,6 +348,8 @@ def test_only_runs_that_differ_in_nothing_but_the_seed_are_averaged(monkeypatch,
             row('meanpool', 4, 40.0, 'reconstruction')]
     panels = drawn(monkeypatch, tmp_path, rows)
     assert panels['lm on c'] == {'meanpool': ([(4, 10), (4, 12), (8, 20)], [(4, 11), (8, 20)]), 'truncation': ([(4, 14)], [(4, 14)])}
+    rows = [row('meanpool', 4, 10.0, model='meanpool_4'), row('meanpool', 8, 20.0, model='meanpool_8')]      # each from its own run
+    assert drawn(monkeypatch, tmp_path, rows)['lm on c'] == {'meanpool': ([(4, 10), (8, 20)], [(4, 10), (8, 20)])}
     assert panels['lm on d'] == {'meanpool': ([(4, 30)], [(4, 30)])} and panels['reconstruction on c'] == {'meanpool': ([(4, 40)], [(4, 40)])}
     for flag, value in (('steps', 9), ('hybrid_text_tokens', 16), ('learning_rate', 1e-5)):
         rows = [row('meanpool', 4, 10.0), row('meanpool', 4, 20.0, **{flag: value})]
