@@ -9,7 +9,8 @@ The paper's comparison at laptop scale: every regime from results/reader, recons
 Each row is one run of train.py. All rows see the same number of segments, none of them twice. Language modelling starts
 from the reconstruction run of its row, so every decoder has had two stages. Truncation keeps as many tokens as the
 memory next to it has vectors. It starts from the run that had to predict the context without seeing it ("none"), and
-once more from the reader itself ("reader_last"), which has had one stage less and has not forgotten how to copy.
+once more from the reader itself ("reader_last"), which has had one stage less. Convolutions start as mean pooling
+(--conv_gain 0): as in the paper, they had learned nothing after 600 steps at any rate tried (results/grid/tries.txt).
 """
 import argparse
 import json
@@ -57,8 +58,9 @@ def run(args, folder, row):
     command = [sys.executable, 'train.py', '--output_dir', str(out), *command]
     print(' '.join(command), flush=True)
     with open(f'{out}.txt', 'a') as console:
-        subprocess.run(command, cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=console, stderr=console,
-                       check=True)
+        ended = subprocess.run(command, cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=console, stderr=console)
+    if ended.returncode:
+        raise SystemExit(f'{name}: stopped; {out}.txt says why')
     for optimizer in out.glob('Ada*.pt'):                     # 45 MB that a finished run does not need
         optimizer.unlink()
 
