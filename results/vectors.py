@@ -1,7 +1,7 @@
 """
 What each memory vector holds: how much worse a character is predicted when one vector is another passage's.
 
-    python results/vectors.py results/reader out/grid/seed0/meanpool_8 --data wiki --out results/vectors.png
+    python results/vectors.py results/reader out/grid/seed0/meanpool_8 --data wiki
 
 For each model, a map of the characters of one passage (across) and the vectors of its memory (down). A cell says by how
 many nats the loss of that character rises when that vector is replaced by the vector in the same place of another
