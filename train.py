@@ -276,7 +276,8 @@ def main(argv=None):
         show(*passages(model, {name: x[:1] for name, x in val[0].items()}, tokenizer, device, 256)[0], args.objective)
         print(f'{out}: python eval.py {out} shows more' if args.save_steps else 'nothing saved, as --save_steps is 0')
         if args.model == 'tiny':
-            print(f'The real one: python train.py --regime {args.regime} --data DIR --model deepseek-ai/DeepSeek-OCR')
+            print('The same with the real model, on DIR made by data.py: python train.py '
+                  f'--regime {args.regime} --data DIR --model deepseek-ai/DeepSeek-OCR')
 
 if __name__ == '__main__':
     run_main(main)
