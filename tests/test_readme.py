@@ -19,7 +19,7 @@ from encoders import ENCODERS, settings_of
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 FILES = ('render.py', 'encoders.py', 'decoder.py', 'data.py', 'load_deepseek.py', 'train.py', 'eval.py')
 PROGRAMS = {'train.py': train, 'eval.py': evaluation, 'data.py': data, 'render.py': render, 'load_deepseek.py': load_deepseek}
-OLD = pytest.mark.skipif('--csv' in README, reason='the README is still that of the code before')
+FORK = set(ENCODERS) != {'text', 'meanpool', 'conv1d_residual', 'vision'}   # with a compressor of its own, the size is its own affair
 CODE_LINES, LINES, README_LINES = 1_253, 1_672, 180
 
 
@@ -39,11 +39,12 @@ def test_code_lines_are_counted_as_they_should():
     assert code_lines('"""A module\n\nof lines."""\nimport a   # why\n\n# no\ndef f():\n    """Doc."""\n    x = """not\n    doc"""\n    return (\n        1)\n') == 6
 
 
+@pytest.mark.skipif(FORK, reason='a fork')
 def test_size():
     sources = [(ROOT / name).read_text(encoding='utf-8') for name in FILES]
     code, lines = sum(map(code_lines, sources)), sum(len(source.splitlines()) for source in sources)
     told = f'{code:,} lines of code, {lines:,} lines in all'
-    assert told in README and code <= CODE_LINES and lines <= LINES, f'{told}: update README.md, and in a fork CODE_LINES and LINES'
+    assert told in README and code <= CODE_LINES and lines <= LINES, f'{told}: update README.md'
     assert not [line for source in sources for line in source.splitlines() if len(line) > 120]
     for source in sources:
         for node in ast.walk(ast.parse(source)):
@@ -51,7 +52,6 @@ def test_size():
                 assert node.end_lineno - node.lineno < 50, node.name
 
 
-@OLD
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= README_LINES
 
@@ -62,7 +62,6 @@ def flags_of(program, capsys):
     return set(re.findall(r'--[\w-]+', capsys.readouterr().out)) - {'--help', '--flag'}
 
 
-@OLD
 def test_flags(capsys):
     """Every flag in a command of the README or of a file's docstring exists; every setting of an encoder is a flag with a help text."""
     known = {name: flags_of(program, capsys) for name, program in PROGRAMS.items()}
@@ -86,13 +85,10 @@ def test_links():
         assert target.startswith('https://') or (ROOT / target).exists(), target
 
 
-@OLD
-@pytest.mark.skipif('```diff' not in README, reason='the README has no diff')
+@pytest.mark.skipif(FORK, reason='a fork')
 def test_the_diff_that_adds_a_compressor(tmp_path):
     diff = re.search(r'```diff\n(.*?)```', README, re.DOTALL)[1]
     regime = re.search(r"^\+.*'(\w+)': \w+", diff, re.MULTILINE)[1]
-    if regime in ENCODERS:
-        pytest.skip('applied already')
     for name in FILES:
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / 'a.diff').write_text(diff, encoding='utf-8')
