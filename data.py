@@ -163,7 +163,7 @@ def open_corpus(folder, tokenizer, context=None, continuation=None):
     """meta.json of a corpus folder. Raises ValueError if the corpus is damaged or made for something else."""
     meta = read_json(Path(folder, 'meta.json'))
     for name, value in (('tokenizer', fingerprint(tokenizer)), ('context', context), ('continuation', continuation)):
-        check(value in (None, meta.get(name)), f'{folder}: made for {name} {meta.get(name)}, not {value}')
+        check(value in (None, meta.get(name)), f'{folder}: made for {name} {meta.get(name)}, not {value}; see --data')
     for side in ('train', 'val'):
         path, length = Path(folder, f'{side}.bin'), meta['context'] + meta['continuation']
         size = meta[side] * length * np.dtype(meta['dtype']).itemsize

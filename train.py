@@ -60,7 +60,7 @@ def flags():
     add('resume', bool, False, 'continue the run in --output_dir')
     for name, encoder in encoder_flags().items():
         text = re.search(rf'\b{name}: (.*)|$', encoder.__doc__ or '')[1]
-        add(name, settings_of(encoder)[name].annotation, None, f'{encoder.__name__}: {text}')
+        add(name, settings_of(encoder)[name].annotation, None, f'{encoder.__name__}: {text}'.replace('%', '%%'))
     add('steps', int, None, 'optimiser steps; None: one epoch')
     add('batch_size', int, 8, 'segments in a micro-batch')
     add('gradient_accumulation_steps', int, 6, 'micro-batches in a step, over all processes')

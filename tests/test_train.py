@@ -190,7 +190,9 @@ def test_learning_rates_and_freezing(corpus, tmp_path, capsys):
 
 
 class Stride(nn.Module):
-    """A compressor as a fork would add it: every n-th embedding, times a learned scale."""
+    """A compressor as a fork would add it: every n-th embedding, times a learned scale.
+
+    keep_every: n, 100% divided by what is kept"""
 
     def __init__(self, config, context_length, *, keep_every: int = 2, scaled: bool = True):
         super().__init__()
@@ -203,6 +205,7 @@ class Stride(nn.Module):
 
 def test_a_new_encoder_is_a_class_and_a_line(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(encoders.ENCODERS, 'stride', Stride)
+    assert 'n, 100% divided' in train.flags().format_help()
     run(corpus, tmp_path / 'run', '--regime', 'stride', '--keep_every', '8', steps=2)
     evaluation.main([str(tmp_path / 'run'), '--segments', '4'])
     assert 'keep_every 8, scaled True | 5 | 6.4 |' in capsys.readouterr().out                                  # BOS and 4 of 32 tokens
