@@ -80,7 +80,7 @@ class MLP(nn.Module):
 
 def grouped_linear(x, weight, ends):
     """x (rows, in), sorted by expert, times weight (E, out, in) -> (rows, out). Expert e's rows end before ends[e]."""
-    # torch's kernel takes bf16 (on the CPU also fp32) and rows of a multiple of 16 bytes, and needs no GPU-to-CPU sync.
+    # torch's kernel needs no GPU-to-CPU sync. It takes bf16, on the CPU also fp32, if 16 divides the bytes of a row.
     dtypes = {'cuda': [torch.bfloat16], 'cpu': [torch.bfloat16, torch.float32]}.get(x.device.type, [])
     if x.dtype in dtypes and all(width * x.element_size() % 16 == 0 for width in weight.shape[1:]):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
@@ -204,7 +204,7 @@ class Autoencoder(nn.Module):
         column = lambda token: embed(context.new_full((len(context), 1), token))         # (B, 1, D)
         bos, *prompt = (column(token) for token in [self.decoder.config.bos_token_id, *self.prompt])
         memory = self.encoder(batch, embed).to(bos.dtype)                     # under autocast it may be bf16
-        assert memory.shape[::2] == bos.shape[::2], f'memory of shape {tuple(memory.shape)}, not {len(bos)} x M x D'
+        assert memory.shape[::2] == bos.shape[::2], f'memory {tuple(memory.shape)}, not ({len(bos)}, M, {bos.shape[2]})'
         return torch.cat([bos, memory, *prompt, embed(context[:, context.shape[1] - self.hybrid:])], dim=1)
 
     def forward(self, batch):

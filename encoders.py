@@ -11,8 +11,8 @@ The encoders: a context of T tokens to a memory of M vectors, each as wide as th
 To add an encoder, write a class with the constructor (config, context_length, *, settings) and register it in ENCODERS
 under its --regime. config is the decoder.DecoderConfig: config.hidden_size is D. Embeddings carry no positions, so
 attention over them sees a bag of words unless you add some. A setting is annotated as bool, int, float or str. It is a
-flag of train.py, whose help is the line "name: help" of the class's docstring, and is stored in config.json: as the
-attribute of that name, if that is a number or a string, so that a default of None is stored as its resolved value.
+flag of train.py, whose help is the line "name: help" of the class's docstring. config.json stores the attribute of the
+same name if that is a number or a string, so that a default of None is stored as its resolved value, else the setting.
 Encoders may share settings, but a setting must not have the name of another flag. The text of an attribute `prompt` is
 read after the memory.
 
@@ -51,7 +51,7 @@ def append(memory, vector):
     return torch.cat([memory, vector.expand(len(memory), 1, -1)], dim=1)
 
 class MeanPool(nn.Module):
-    """memory_i = mean(embed(context[i s : i s + w])), one more mean of the tokens left over at the end, a separator:
+    """memory_i = mean(embed(context[i s : i s + w])), then one mean of the tokens left over, then a separator:
     a learned vector that tells the decoder where vectors end and tokens begin, as in DeepSeek-OCR.
 
     compression_window_size: tokens in a window, w
@@ -63,7 +63,7 @@ class MeanPool(nn.Module):
         s = w if compression_stride is None else compression_stride
         if not 1 <= w <= context_length or s < 1:
             raise ValueError(f'window {w} with stride {s} does not fit a context of {context_length} tokens')
-        # Not self.compression_stride: stored as None, it follows the window when a run continues with another window.
+        # Under another name than its setting, so that a stride of None is stored as None and follows a new window.
         self.compression_window_size, self.stride = w, s
         self.separator = learned(config.hidden_size)
 
@@ -93,9 +93,9 @@ class ResidualBlock(nn.Module):
 class Conv1dResidual(nn.Module):
     """memory = residual blocks over the embeddings, as many as it takes from T to the target, then a separator.
 
-    compression_target: vectors, T halved k times and rounded up (default: twice)
+    compression_target: number of vectors: T, T / 2, T / 4 and so on, rounded up (default: T / 4)
     conv_kernel: width of the first convolution of each block, odd
-    conv_gain: of each block's last norm at the start; 0 starts as mean pooling, which a small model soon reads"""
+    conv_gain: initial weight of each block's last norm; at 0 a block starts as gelu of a mean, which is soon learned"""
 
     def __init__(self, config, context_length, *, compression_target: int = None, conv_kernel: int = 5,
                  conv_gain: float = 1.0):

@@ -8,8 +8,8 @@ Runs to evidence: a table, a picture, and text you can read.
 PPL is exp of the mean cross-entropy over all target tokens of the validation segments, each predicted from the true
 ones before it; accuracy is the share for which argmax is correct. Passages are generated greedily from the memory
 alone; CER is their edit distance to the originals over the length of these, in characters. Positions are those before
-the target. Not drawn is the share of the text that is not on the page. KV saved is in bytes a segment at bf16, ms the
-time to encode a segment, its page drawn before.
+the target. Not drawn is the share of the text that is not on the page. KV saved: bytes of cache that a segment saves in
+bf16. ms: milliseconds to encode a segment, without drawing its page.
 """
 import argparse
 import struct
@@ -96,8 +96,8 @@ def show(original, generated, title, width=110):
         print(a[i:i + width], b[i:i + width], sep='\n', end='\n\n')
 
 def plot(rows, path):
-    """Draw PPL against ratio, a panel for each objective and corpus, a dot for each run, a line through the means over
-    seeds. What else differs between runs of a regime at one ratio makes two lines of them and is in their names. Dashed
+    """Draw PPL against ratio, a panel for each objective and corpus, a dot for each run, lines through the means over
+    seeds. Runs of a regime that differ in anything else at the same ratio get lines of their own, which name it. Dashed
     lines are no context and the whole context."""
     import matplotlib.pyplot as plt
     panels = list(dict.fromkeys((row['objective'], row['data']) for row in rows))

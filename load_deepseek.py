@@ -144,7 +144,8 @@ def fill(model, regime, stored, device, source):
         print(f'{source}: skipped {len(skipped)} tensors of another encoder ({min(skipped)} ...)')
     for name in sorted(expected.keys() | stored.keys() - skipped):
         found = stored[name].get_slice(name).get_shape() if name in stored else 'missing'
-        check(found == expected.get(name), f'{source}: tensor {name} is {found}, {regime} needs {expected.get(name)}')
+        needed = expected.get(name, 'no such tensor')
+        check(found == needed, f'{source}: tensor {name} is {found}, {regime} needs {needed}')
     model.decoder.to_empty(device=device)
     for name, tensor in released_tensors(model, regime).items():              # again, since the decoder has moved
         tensor.copy_(stored[name].get_tensor(name))

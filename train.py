@@ -59,8 +59,9 @@ def flags():
     add('output_dir', str, None, "the run's folder; None: out/<regime> or out/<regime>_lm")
     add('resume', bool, False, 'continue the run in --output_dir')
     for name, encoder in encoder_flags().items():
-        text = re.search(rf'\b{name}: (.*)|$', encoder.__doc__ or '')[1]
-        add(name, settings_of(encoder)[name].annotation, None, f'{encoder.__name__}: {text}'.replace('%', '%%'))
+        setting, text = settings_of(encoder)[name], re.search(rf'\b{name}: (.*)|$', encoder.__doc__ or '')[1]
+        text = f'{encoder.__name__}: {text}' + f' (default: {setting.default})' * (setting.default not in (None, ''))
+        add(name, setting.annotation, None, text.replace('%', '%%') + '%(default).0s')      # hide the flag's own None
     add('steps', int, None, 'optimiser steps; None: one epoch')
     add('batch_size', int, 8, 'segments in a micro-batch')
     add('gradient_accumulation_steps', int, 6, 'micro-batches in a step, over all processes')
@@ -124,7 +125,7 @@ def make_optimizer(model, encoder_lr, args):
               for part, rate in ((model.encoder, encoder_lr), (model.decoder, args.learning_rate))]
     if args.optimizer == 'adamw':
         return torch.optim.AdamW(groups, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
-    # Adafactor's own constants are for fp32: in bf16, eps hides small gradients and slow averages round to a halt.
+    # Adafactor's own constants are for fp32: in bf16, eps hides small gradients and slow averages stop changing.
     return torch.optim.Adafactor(groups, weight_decay=args.weight_decay, eps=(1e-15, 1e-3), beta2_decay=-0.5)
 
 def train_step(model, optimizer, batches, scale, max_grad_norm, device):
@@ -146,7 +147,7 @@ def train_step(model, optimizer, batches, scale, max_grad_norm, device):
     return total, norm
 
 def save_run(out, step, model, optimizer, config, source):
-    """Write the optimiser, then the weights, whose rename makes both the run's last save. Raises ValueError."""
+    """Write the optimiser, then the weights: the save counts once these are renamed. Raises ValueError."""
     path = out / f'{type(optimizer).__name__}-{step:08d}.pt'
     write_atomic(path, lambda temporary: torch.save(optimizer.state_dict()['state'], temporary))
     save(released_tensors(model, config['run']['regime']), config, out, step, source)
@@ -237,7 +238,7 @@ def main(argv=None):
         forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
     clock, clock_step = time.time(), start
     for step in range(start + 1, steps + 1):
-        torch.manual_seed(args.seed + world * step + rank)        # what an encoder draws follows from the step as well
+        torch.manual_seed(args.seed + world * step + rank)        # for encoders that draw random numbers
         scale = learning_rate_scale(step - 1, steps, args.warmup_ratio)
         micro_batches = [next(batches) for _ in range(G // world)]
         loss, norm = train_step(forward, optimizer, micro_batches, scale, args.max_grad_norm, device)
@@ -269,6 +270,7 @@ def main(argv=None):
     # ---- the end
     if world > 1:
         torch.distributed.barrier()                               # until rank 0 has saved
+        time.sleep(1)       # gloo's threads still drop tensors, for which they need the lock that its destructor holds
         torch.distributed.destroy_process_group()
     if rank == 0 and not last:
         print(f'stopped at step {step}' + '; continue with --resume' * bool(args.save_steps))

@@ -233,7 +233,7 @@ def test_a_setting_may_share_its_name_with_a_parameter(monkeypatch):
     model, _, config = load('tiny', 'queries', 32, queries=7)
     assert config['run']['settings'] == {'queries': 7} and model.prefix({'context': torch.zeros(2, 32, dtype=torch.long)}).shape == (2, 8, 128)
     monkeypatch.setattr(Queries, 'forward', lambda self, batch, embed: embed(batch['context']).mT)
-    with pytest.raises(AssertionError, match=r'memory of shape \(2, 128, 32\), not 2 x M x D'):
+    with pytest.raises(AssertionError, match=r'memory \(2, 128, 32\), not \(2, M, 128\)'):
         model.prefix({'context': torch.zeros(2, 32, dtype=torch.long)})
 
 
