@@ -45,8 +45,8 @@ def rows():
         yield [(f'lm_{regime}_{value}', f'{regime}_{value}', lm(regime, value)) for regime, value in wave] + [
             (f'lm_last_{kept}', 'none', lm('text', kept)), (f'lm_reader_last_{kept}', None, lm('text', kept))] + (
             [(f'lm_last_{n}', 'none', lm('text', n)) for n in (0, 128)] if first == 0 else []) + [
-            (f'lm_{regime}_{value}_off', f'{regime}_{value}', lm('text', 0).replace('1e-3', '3e-4') if regime == 'vision'
-             else lm('text', 0)) for regime, value in wave]
+            (f'lm_{regime}_{value}_off', f'{regime}_{value}',
+             lm('text', 0).replace('1e-3', '3e-4' if regime == 'vision' else '1e-3')) for regime, value in wave]
 
 def run(args, folder, row):
     """One row, from its last save if there is one."""
@@ -62,7 +62,8 @@ def run(args, folder, row):
     command = [sys.executable, 'train.py', '--output_dir', str(out), *command]
     print(' '.join(command), flush=True)
     with open(f'{out}.txt', 'a') as console:
-        ended = subprocess.run(command, cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=console, stderr=console)
+        ended = subprocess.run(command, cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=console,
+                               stderr=console)
     if ended.returncode:
         raise SystemExit(f'{name}: stopped; {out}.txt says why')
     for optimizer in out.glob('Ada*.pt'):                     # 45 MB that a finished run does not need
@@ -78,8 +79,9 @@ def curves(folder, path):
         for i, name in enumerate(shown):
             for log in sorted(folder.glob(f'seed*/{name}/log.jsonl')):
                 lines = [line for line in map(json.loads, log.read_text().splitlines()) if 'val_ppl' in line]
-                ax.plot([line['step'] for line in lines], [line['val_ppl'] for line in lines], marker='.', color=f'C{i % 10}',
-                        ls=('-', '--')[i // 10 % 2], lw=1, label=name if log.parts[-3] == 'seed0' else None)
+                ax.plot([line['step'] for line in lines], [line['val_ppl'] for line in lines], marker='.', lw=1,
+                        color=f'C{i % 10}', ls=('-', '--')[i // 10 % 2],
+                        label=name if log.parts[-3] == 'seed0' else None)
         ax.set(title=title, yscale='log', ylabel='perplexity of held-out text',
                xlabel='steps of 8 passages; the last point is of all 2,000 held-out ones, the others of 250')
         ax.yaxis.set_major_formatter('{x:.3g}')
