@@ -100,30 +100,31 @@ def plot(rows, path):
     seeds. Runs of a regime that differ in anything else at the same ratio get lines of their own, which name it. Dashed
     lines are no context and the whole context."""
     import matplotlib.pyplot as plt
-    panels = list(dict.fromkeys((row['objective'], row['data']) for row in rows))
+    place = lambda row: (row['objective'], row['data'], row['regime'], row['ratio'])
+    fields = lambda row: {'setting': row['setting'], **row['args']}
+    differ = {(a['regime'], key) for a in rows for b in rows if place(a) == place(b)
+              for key, x in fields(a).items() if x != fields(b).get(key)}
+    label = lambda row: ', '.join([{'text': 'truncation'}.get(row['regime'], row['regime']), *(
+        f'{key} {x}' for key, x in fields(row).items() if (row['regime'], key) in differ)])
+    panels, labels = list(dict.fromkeys(place(row)[:2] for row in rows)), list(dict.fromkeys(map(label, rows)))
     figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False, layout='constrained')
     for ax, panel in zip(axes[0], panels):
-        points = [row for row in rows if (row['objective'], row['data']) == panel]
-        fields = lambda row: {'setting': row['setting'], **row['args']}
-        twins = ((a, b) for a in points for b in points if (a['regime'], a['ratio']) == (b['regime'], b['ratio']))
-        differ = {(a['regime'], key) for a, b in twins for key, x in fields(a).items() if x != fields(b).get(key)}
-        series = {}
-        for row in points:
-            name = ['truncation' if row['regime'] == 'text' else row['regime']]
-            name += [f'{key} {value}' for key, value in fields(row).items() if (row['regime'], key) in differ]
-            series.setdefault(', '.join(name), []).append(row)
-        for color, (name, runs) in enumerate(series.items()):
-            x, y = np.array([(row['ratio'], row['PPL']) for row in runs]).T
+        points = [row for row in rows if place(row)[:2] == panel]
+        for i, name in enumerate(labels):                         # in the same colour in all panels
+            if not (runs := [(row['ratio'], row['PPL']) for row in points if label(row) == name]):
+                continue
+            x, y = np.array(runs).T
             means = [(ratio, y[x == ratio].mean()) for ratio in np.unique(x)]
-            ax.plot(x, y, 'o', color=f'C{color}', label=name)
-            ax.plot(*zip(*means), color=f'C{color}')
+            ax.plot(x, y, 'o', color=f'C{i}', label=name)
+            ax.plot(*zip(*means), color=f'C{i}')
             for point in means:
-                ax.annotate(f'{point[1]:.3g}', point, (4, 4), textcoords='offset points', fontsize=8)
+                ax.annotate(f'{point[1]:.3g}', point, (4, -10 if i % 2 else 4), textcoords='offset points', fontsize=8)
         for name, column, value in (('no context', 'positions', 1), ('whole context', 'KV saved', 0)):
             if ends := [row['PPL'] for row in points if row[column] == value]:
                 ax.axhline(min(ends), color='grey', ls='--', lw=1, label=f'{name} {min(ends):.3g}')
         ax.set(title=' on '.join(panel), xlabel='context tokens / positions before the target', ylabel='perplexity')
-        ax.set(xscale='log', xticks=2 ** np.arange(11), xticklabels=2 ** np.arange(11))
+        ax.set_xscale('log', base=2)
+        ax.xaxis.set_major_formatter('{x:g}')
         ax.legend(frameon=False, fontsize=8)
     with explain(f'{path}: cannot be written'):
         figure.savefig(path, dpi=150)
@@ -224,8 +225,7 @@ def main(argv=None):
     device = pick_device(args.device)
     if args.image:
         return read_page(args, device)
-    if not args.runs:
-        parser.error('give a RUN or an --image')
+    check(args.runs, 'give a RUN or an --image')
     for folder in args.runs:
         fetch(folder)                          # a misspelt one is told before the first is evaluated
     rows, texts = zip(*(row_of(folder, args, device) for folder in args.runs))
