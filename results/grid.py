@@ -12,8 +12,8 @@ from the reconstruction run of its row, so every decoder has had two stages. Tru
 memory next to it has vectors. It starts from the run that had to predict the context without seeing it ("none"), and
 once more from the reader itself ("reader_last"), which has had one stage less. "_off" takes the memory away from the
 second stage of its row: what the first stage did to the decoder as a language model. "_hybrid" adds as many of the last
-tokens to the memory. Convolutions start as mean pooling (--conv_gain 0): as in the paper, they had learned nothing
-after 600 steps at any rate tried (results/grid/tries.txt).
+tokens to the memory. Convolutions start as mean pooling (--conv_gain 0): started as in the paper, they had
+learned nothing after 200 to 800 steps at any rate tried (results/grid/tries.txt).
 """
 import argparse
 import json
@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ('--batch_size 8 --gradient_accumulation_steps 1 --beta2 0.95 --log_steps 20 --eval_steps 200 '
           '--eval_segments 250 --save_steps 200')
-REGIMES = {                                                   # flags with the rate that did best of three
+REGIMES = {        # flags, with rates searched for means and convolutions (results/grid/tries.txt), not for vision
     'text': '--regime text --learning_rate 1e-3 --text_context_tokens',
     'meanpool': '--regime meanpool --learning_rate 3e-3 --compression_window_size',
     'conv': '--regime conv1d_residual --learning_rate 3e-3 --encoder_lr 3e-4 --conv_gain 0 --compression_target',
