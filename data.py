@@ -216,9 +216,9 @@ class Batches(torch.utils.data.Dataset):
                                            pin_memory=torch.cuda.is_available(), worker_init_fn=keep_running)
 
 def check_numbers(args, may_be_0=''):
-    """Raises ValueError for a flag whose number is negative, or 0 if it is not among the names in `may_be_0`."""
+    """Raises ValueError for a flag whose number is negative, NaN, or 0 if it is not among the names in `may_be_0`."""
     for name, value in vars(args).items():
-        if type(value) in (int, float) and (value < 0 or value == 0 and name not in may_be_0.split()):
+        if type(value) in (int, float) and (not value >= 0 or value == 0 and name not in may_be_0.split()):
             raise ValueError(f'--{name} {value}: must be {"at least" if name in may_be_0.split() else "above"} 0')
 
 def main(argv=None):

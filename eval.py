@@ -6,10 +6,10 @@ Runs to evidence: a table, a picture, and text you can read.
     python eval.py --model deepseek-ai/DeepSeek-OCR --image page.png     read a page
 
 PPL is exp of the mean cross-entropy over all target tokens of the validation segments, each predicted from the true
-ones before it; accuracy is the share for which argmax is correct. Passages are generated greedily from the memory
-alone; CER is their edit distance to the originals over the length of these, in characters. Positions are those before
-the target. Not drawn is the share of the text that is not on the page. KV saved: bytes of cache that a segment saves in
-bf16. ms: milliseconds to encode a segment, without drawing its page.
+ones before it; accuracy is the share of tokens that argmax predicts correctly. Passages are generated greedily from the
+memory alone; CER is their edit distance to the originals, divided by the length of the originals, in characters.
+Positions are those before the target. Not drawn is the share of the text that is not on the page. KV saved: bytes of
+bf16 cache that a segment saves. ms: milliseconds to encode a segment, without drawing its page.
 """
 import argparse
 import struct
@@ -227,7 +227,7 @@ def main(argv=None):
         return read_page(args, device)
     check(args.runs, 'give a RUN or an --image')
     for folder in args.runs:
-        fetch(folder)                          # a misspelt one is told before the first is evaluated
+        fetch(folder)                          # reports a misspelt folder before evaluating any
     rows, texts = zip(*(row_of(folder, args, device) for folder in args.runs))
     columns = [name for name in rows[0] if name != 'args' and any(row[name] is not None for row in rows)]
     print('| ' + ' | '.join(columns) + ' |\n|' + '---|' * len(columns))

@@ -128,7 +128,7 @@ def main(argv=None):
     parser.add_argument('--size', type=int, default=640, help='page side in pixels (default 640)')
     parser.add_argument('--out', default='page.png', help='PNG file to write (default page.png)')
     args = parser.parse_args(argv)
-    check(args.size > 0, f'--size {args.size}: must be above 0')
+    check(0 < args.size <= 10_000, f'--size {args.size}: must be above 0 and at most 10000')
     text = ' '.join(read_text(args.file).split())
     page, font_size, lines, lost = render_page(text, args.size)
     page.save(args.out, 'PNG')

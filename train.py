@@ -8,7 +8,7 @@ One run: one regime, one objective.
     torchrun --nproc_per_node=8 train.py ...                                                 the same on eight
 
 A run is the folder out/<regime> (or out/<regime>_lm): config.json, the weights and the optimiser as last saved, and
-log.jsonl, a line per report. Its flags are the defaults of the runs that continue it, with --resume or with --model.
+log.jsonl, a line per report. A run that continues it (--resume) or starts from it (--model) has its flags as defaults.
 """
 import argparse
 import json
@@ -41,7 +41,7 @@ def flags():
     """The command line, with the settings of every encoder as flags."""
     parser = argparse.ArgumentParser(usage='python train.py [--flag value ...]', allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     epilog=f'Other defaults of the tiny model: {TINY}.')
+                                     epilog=f'With --model tiny, these replace the defaults above: {TINY}.')
 
     def add(name, kind, default, text, choices=None):
         names = [f'--{name}'] + [f'--{name.replace("_", "-")}'] * (kind is bool and '_' in name)   # --no-train-encoder
@@ -52,9 +52,9 @@ def flags():
     add('regime', str, 'meanpool', 'how the context is encoded', choices=ENCODERS)
     add('objective', str, 'reconstruction', 'what is predicted from it', choices=OBJECTIVES)
     add('hybrid_text_tokens', int, 0, 'last context tokens that follow the memory as plain tokens')
-    add('train_encoder', bool, True, 'or leave the encoder as it is')
+    add('train_encoder', bool, True, 'train the encoder too, or freeze it')
     add('data', str, 'pydoc', 'a corpus made by data.py, or a source for data.py')
-    add('context', int, None, 'context tokens in a segment; None: as in --data, else 1000, for tiny 128')
+    add('context', int, None, 'context tokens in a segment; None: those of the corpus, else 128 with tiny, 1000')
     add('continuation', int, None, 'continuation tokens in a segment; None: likewise')
     add('output_dir', str, None, "the run's folder; None: out/<regime> or out/<regime>_lm")
     add('resume', bool, False, 'continue the run in --output_dir')
@@ -270,7 +270,7 @@ def main(argv=None):
     # ---- the end
     if world > 1:
         torch.distributed.barrier()                               # until rank 0 has saved
-        time.sleep(1)       # gloo's threads still drop tensors, for which they need the lock that its destructor holds
+        time.sleep(1)       # gloo's threads may still be freeing tensors, which takes a lock that its destructor holds
         torch.distributed.destroy_process_group()
     if rank == 0 and not last:
         print(f'stopped at step {step}' + '; continue with --resume' * bool(args.save_steps))

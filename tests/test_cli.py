@@ -46,6 +46,7 @@ def refused(capsys, main, command, message):
     ('--objective guess', 'invalid choice'),
     ('--wndow 3', 'unrecognized arguments'),
     ('--batch_size 0', '--batch_size 0: must be above 0'),
+    ('--learning_rate nan', '--learning_rate nan: must be at least 0'),
     ('--steps x', "--steps: invalid int value: 'x'"),
     ('--steps 0', '--steps 0: must be above 0'),
     ('--workers -1', '--workers -1: must be at least 0'),
@@ -161,6 +162,7 @@ def test_eval_and_render(here, capsys):
     refused(capsys, evaluation.main, 'run --model run --image page.png', 'run: has no vision encoder')
     refused(capsys, evaluation.main, 'run --segments 0', '--segments 0: must be above 0')
     refused(capsys, render.main, 'page.txt --size 0', '--size 0: must be above 0')
+    refused(capsys, render.main, 'page.txt --size 1000000', 'at most 10000')
     refused(capsys, train.main, f'--data texts --seed {2 ** 63}', 'must be below 2^63')
     refused(capsys, evaluation.main, 'run --generate -1', '--generate -1: must be at least 0')
     refused(capsys, evaluation.main, '', 'give a RUN or an --image')
