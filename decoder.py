@@ -30,7 +30,7 @@ class DecoderConfig:
     n_routed_experts: int = 64
     n_shared_experts: int = 2               # a single MLP as wide as this many experts
     num_experts_per_tok: int = 6
-    first_k_dense_replace: int = 1          # the first layers, which are dense
+    first_k_dense_replace: int = 1          # how many of the first layers are dense
     aux_loss_alpha: float = 0.001           # weight of the load-balancing loss
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -80,7 +80,7 @@ class MLP(nn.Module):
 
 def grouped_linear(x, weight, ends):
     """x (rows, in), sorted by expert, times weight (E, out, in) -> (rows, out). Expert e's rows end before ends[e]."""
-    # torch's kernel needs no GPU-to-CPU sync. It takes bf16, on the CPU also fp32, if 16 divides the bytes of a row.
+    # torch's kernel needs no GPU-to-CPU sync. It takes bf16, on the CPU also fp32, in rows of n x 16 bytes.
     dtypes = {'cuda': [torch.bfloat16], 'cpu': [torch.bfloat16, torch.float32]}.get(x.device.type, [])
     if x.dtype in dtypes and all(width * x.element_size() % 16 == 0 for width in weight.shape[1:]):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)

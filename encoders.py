@@ -63,7 +63,7 @@ class MeanPool(nn.Module):
         s = w if compression_stride is None else compression_stride
         if not 1 <= w <= context_length or s < 1:
             raise ValueError(f'window {w} with stride {s} does not fit a context of {context_length} tokens')
-        # Under another name than its setting, so that a stride of None is stored as None and follows a new window.
+        # Under another name than the setting, so that a stride of None is stored as None and follows a new window.
         self.compression_window_size, self.stride = w, s
         self.separator = learned(config.hidden_size)
 
@@ -95,7 +95,7 @@ class Conv1dResidual(nn.Module):
 
     compression_target: number of vectors: T, T / 2, T / 4 and so on, rounded up (default: T / 4)
     conv_kernel: width of the first convolution of each block, odd
-    conv_gain: initial weight of each block's last norm; at 0 a block starts as gelu of a mean, which is soon learned"""
+    conv_gain: initial weight of each block's last norm; at 0 a block starts as gelu of a mean and learns sooner"""
 
     def __init__(self, config, context_length, *, compression_target: int = None, conv_kernel: int = 5,
                  conv_gain: float = 1.0):
@@ -173,12 +173,12 @@ class SAMAttention(nn.Module):
         col = torch.eye(W, device=x.device, dtype=q.dtype)[None, :, :].expand(B, self.n_head, H, W, W)
         q = torch.cat([q * d ** -0.5, bias_h.type_as(q), bias_w.type_as(q)], dim=-1).flatten(2, 3)  # (B, n, HW, d+H+W)
         k = torch.cat([k, row, col], dim=-1).flatten(2, 3)
-        v = F.pad(v, (0, H + W)).flatten(2, 3)                                # the kernels want one width for all three
+        v = F.pad(v, (0, H + W)).flatten(2, 3)                                # fused kernels need one width for all
         y = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :d]
         return self.proj(y.transpose(1, 2).reshape(B, H, W, C))
 
 class SAMBlock(nn.Module):
-    """A pre-norm transformer block: attention within windows of window x window patches; 0 is the whole page."""
+    """A pre-norm transformer block: attention within windows of window x window patches; window 0 is the whole page."""
 
     def __init__(self, dim, n_head, window, grid):
         super().__init__()
@@ -193,7 +193,7 @@ class SAMBlock(nn.Module):
         w = self.window or H
         n = -(-H // w)                                                          # windows a side
         y = F.pad(self.norm1(x), (0, 0, 0, n * w - W, 0, n * w - H))            # attention sees the padding as well
-        y = y.view(B, n, w, n, w, C).transpose(2, 3).reshape(-1, w, w, C)       # (B n n, w, w, C), a row a window
+        y = y.view(B, n, w, n, w, C).transpose(2, 3).reshape(-1, w, w, C)       # (B n n, w, w, C), one row per window
         y = self.attn(y).view(B, n, n, w, w, C).transpose(2, 3).reshape(B, n * w, n * w, C)
         x = x + y[:, :H, :W]
         return x + self.mlp.lin2(F.gelu(self.mlp.lin1(self.norm2(x))))

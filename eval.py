@@ -147,7 +147,7 @@ def open_image(path):
         return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
 
 def read_page(args, device):
-    """Print what DeepSeek-OCR reads on an image, which is preprocessed as in the original. Raises ValueError."""
+    """Print what DeepSeek-OCR reads in an image, which is preprocessed as in the original. Raises ValueError."""
     image, dtype = open_image(args.image), torch.bfloat16 if device.type == 'cuda' else torch.float32
     can_read = any(name.startswith(VISION) for name in open_tensors(fetch(args.model)))
     check(can_read, f'{args.model}: has no vision encoder, so it cannot read')

@@ -91,7 +91,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     folder = lambda args: args.output_dir or f'out/{args.regime}' + '_lm' * (args.objective == 'lm')
     source = folder(args) if args.resume else args.model
-    run = {} if source in PRESETS else read_json(fetch(source) / 'config.json').get('run', {})
+    none = source in PRESETS or args.resume and not Path(source, 'config.json').exists()
+    run = {} if none else read_json(fetch(source) / 'config.json').get('run', {})
     check('args' in run or not args.resume, f'--resume: no saved run in {source}')
     parser.set_defaults(**(TINY if source == 'tiny' else run.get('args', {})))
     if run and parser.parse_args(argv).regime == run['regime']:       # the settings belong to the run's own encoder
@@ -147,7 +148,7 @@ def train_step(model, optimizer, batches, scale, max_grad_norm, device):
     return total, norm
 
 def save_run(out, step, model, optimizer, config, source):
-    """Write the optimiser, then the weights: the save counts once these are renamed. Raises ValueError."""
+    """Write the optimiser, then the weights: the save is valid once these are renamed. Raises ValueError."""
     path = out / f'{type(optimizer).__name__}-{step:08d}.pt'
     write_atomic(path, lambda temporary: torch.save(optimizer.state_dict()['state'], temporary))
     save(released_tensors(model, config['run']['regime']), config, out, step, source)
@@ -256,7 +257,7 @@ def main(argv=None):
         memory = {'gib': torch.cuda.max_memory_allocated(device) / 2 ** 30} if on_cuda else {}
         log(step, loss=loss, ppl=math.exp(min(loss, 700)), lr=optimizer.param_groups[-1]['lr'], grad_norm=norm,
             tokens_per_s=args.batch_size * G * targets / seconds, minutes_left=seconds * (steps - step) / 60, **memory)
-        check(math.isfinite(norm), f'step {step}: the gradient is not finite; the last save in {out} is from before')
+        check(math.isfinite(norm), f'step {step}: the gradient is not finite; any save in {out} is from before')
         if due(args.eval_steps):
             result = evaluate(model, val if last else val_part, device, workers, rank, world)
             best = min(best, result['loss'])
@@ -278,8 +279,7 @@ def main(argv=None):
         show(*passages(model, {name: x[:1] for name, x in val[0].items()}, tokenizer, device, 256)[0], args.objective)
         print(f'{out}: python eval.py {out} shows more' if args.save_steps else 'nothing saved, as --save_steps is 0')
         if args.model == 'tiny':
-            print('The same with the real model, on DIR made by data.py: python train.py '
-                  f'--regime {args.regime} --data DIR --model deepseek-ai/DeepSeek-OCR')
+            print(f'The real model: python train.py --regime {args.regime} --data DIR --model deepseek-ai/DeepSeek-OCR')
 
 if __name__ == '__main__':
     run_main(main)

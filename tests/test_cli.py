@@ -65,7 +65,7 @@ def refused(capsys, main, command, message):
     ('--data texts --context 5000', 'too short'),
     ('--data texts --context 0', '--context 0: must be above 0'),
     ('--resume', 'out/meanpool'),
-    ('--resume --output_dir texts', 'texts/config.json'),
+    ('--resume --output_dir texts', '--resume: no saved run in texts'),
     ('--model nowhere', 'nowhere'),
     ('--model nobody/nothing', 'not found on the hub'),
     ('--model texts', 'texts/config.json'),
