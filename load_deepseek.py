@@ -187,7 +187,7 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
 
 def load_run(folder, device='cpu', dtype=torch.float32):
     """load() with the choices that a run was made with."""
-    with explain(f'{folder}: not a run of train.py; for a model that reads pages, --image and --model'):
+    with explain(f'{folder}: not a run of train.py; a plain model goes to --model'):
         run = read_json(fetch(folder) / 'config.json')['run']
         choices = {**run['settings'], **{name: run[name] for name in ('regime', 'context', 'objective', 'hybrid')}}
         ENCODERS[run['regime']]

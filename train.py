@@ -91,8 +91,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     folder = lambda args: args.output_dir or f'out/{args.regime}' + '_lm' * (args.objective == 'lm')
     source = folder(args) if args.resume else args.model
-    none = source in PRESETS or args.resume and not Path(source, 'config.json').exists()
-    run = {} if none else read_json(fetch(source) / 'config.json').get('run', {})
+    no_config = source in PRESETS or args.resume and not Path(source, 'config.json').exists()
+    run = {} if no_config else read_json(fetch(source) / 'config.json').get('run', {})
     check('args' in run or not args.resume, f'--resume: no saved run in {source}')
     parser.set_defaults(**(TINY if source == 'tiny' else run.get('args', {})))
     if run and parser.parse_args(argv).regime == run['regime']:       # the settings belong to the run's own encoder

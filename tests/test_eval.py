@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from matplotlib import pyplot
 from PIL import Image
 import eval as evaluation
 from conftest import ROOT, said
@@ -42,6 +43,14 @@ def table(out):
     header, _, *lines = [line.strip('| ').split(' | ') for line in out.splitlines() if line.startswith('|')]
     assert all(len(line) == len(header) for line in lines)
     return {line[0].rsplit('/', 1)[1]: dict(zip(header, map(str.strip, line))) for line in lines}
+
+
+def test_a_regime_has_one_colour(tmp_path):
+    row = lambda regime, data, ppl: {'objective': 'lm', 'data': data, 'regime': regime, 'ratio': 2.0, 'PPL': ppl, 'setting': '', 'args': {}, 'positions': 2, 'KV saved': 1}
+    evaluation.plot([row('meanpool', 'a', 3.0), row('text', 'a', 2.0), row('text', 'b', 2.0)], tmp_path / 'a.png')
+    (pool, _, text, _), (other, _) = (axis.lines for axis in pyplot.gcf().axes)
+    assert text.get_label() == other.get_label() == 'truncation'
+    assert text.get_color() == other.get_color() != pool.get_color()
 
 
 def test_the_table(runs, tmp_path, capsys):
