@@ -107,9 +107,8 @@ class MoE(nn.Module):
         return probs, *probs.topk(self.top_k, dim=-1)
 
     def forward(self, x):
-        (B, T, D), k = x.shape, self.top_k
+        (B, T, D), k, E = x.shape, self.top_k, self.gate.out_features
         probs, top_p, top_e = self.route(x)
-        E = probs.shape[-1]
         count = torch.zeros_like(probs).scatter(2, top_e, 1.0).sum(dim=1)     # (B, E) tokens that chose each expert
         balance_loss = self.alpha * (count * (E / (T * k)) * probs.mean(dim=1)).sum(dim=1).mean()
 

@@ -10,11 +10,11 @@ The encoders: a context of T tokens to a memory of M vectors, each as wide as th
 
 To add an encoder, write a class with the constructor (config, context_length, *, settings) and register it in ENCODERS
 under its --regime. config is the decoder.DecoderConfig: config.hidden_size is D. Embeddings carry no positions, so
-attention over them sees a bag of words unless you add some. A setting is annotated as bool, int, float or str. It is a
-flag of train.py, whose help is the line "name: help" of the class's docstring. config.json stores the attribute of the
-same name if that is a number or a string, so that a default of None is stored as its resolved value, else the setting.
-Encoders may share settings, but a setting must not have the name of another flag. The text of an attribute `prompt` is
-read after the memory.
+attention over them sees a bag of words unless you add some. A setting is annotated as bool, int, float or str, or as
+one of them or None. It is a flag of train.py, whose help is the line "name: help" of the class's docstring. config.json
+stores the attribute of the same name if that is a number or a string, so that a default of None is stored as its
+resolved value, else the setting. Encoders may share settings, but a setting must not have the name of another flag. The
+text of an attribute `prompt` is read after the memory.
 
 B batch, T context tokens, M memory vectors, D decoder width, S page side in pixels, C channels, H W height and width in
 patches, h vectors a side, n heads, d head width. References: arXiv 2512.03643 (the compressors) and deepencoder.py of
@@ -32,7 +32,7 @@ class Text(nn.Module):
 
     text_context_tokens: N (default: the whole context)"""
 
-    def __init__(self, config, context_length, *, text_context_tokens: int = None):
+    def __init__(self, config, context_length, *, text_context_tokens: int | None = None):
         super().__init__()
         self.text_context_tokens = N = context_length if text_context_tokens is None else text_context_tokens
         if not 0 <= N <= context_length:
@@ -57,14 +57,14 @@ class MeanPool(nn.Module):
     compression_window_size: tokens in a window, w
     compression_stride: from one window to the next, s (default: the window); a longer one skips tokens"""
 
-    def __init__(self, config, context_length, *, compression_window_size: int = 4, compression_stride: int = None):
+    def __init__(self, config, context_length, *, compression_window_size: int = 4,
+                 compression_stride: int | None = None):
         super().__init__()
-        w = compression_window_size
-        s = w if compression_stride is None else compression_stride
+        self.compression_window_size = w = compression_window_size
+        # Under another name than the setting, so that a stride of None is stored as None and follows a new window.
+        self.stride = s = w if compression_stride is None else compression_stride
         if not 1 <= w <= context_length or s < 1:
             raise ValueError(f'window {w} with stride {s} does not fit a context of {context_length} tokens')
-        # Under another name than the setting, so that a stride of None is stored as None and follows a new window.
-        self.compression_window_size, self.stride = w, s
         self.separator = learned(config.hidden_size)
 
     def forward(self, batch, embed):
@@ -97,7 +97,7 @@ class Conv1dResidual(nn.Module):
     conv_kernel: width of the first convolution of each block, odd
     conv_gain: initial weight of each block's last norm; at 0 a block starts as gelu of a mean and learns sooner"""
 
-    def __init__(self, config, context_length, *, compression_target: int = None, conv_kernel: int = 5,
+    def __init__(self, config, context_length, *, compression_target: int | None = None, conv_kernel: int = 5,
                  conv_gain: float = 1.0):
         super().__init__()
         chain = [-(-context_length // 2 ** k) for k in range((context_length - 1).bit_length() + 1)]     # rounded up
@@ -273,7 +273,7 @@ class Vision(nn.Module):
     vision_mode: tiny, small, base, large, or pixels on a side (default: the page size of the model's SAM)
     vision_prompt: text that the decoder reads after the page"""
 
-    def __init__(self, config, context_length, *, vision_mode: str = None, vision_prompt: str = ''):
+    def __init__(self, config, context_length, *, vision_mode: str | None = None, vision_prompt: str = ''):
         super().__init__()
         v = config.vision or VisionConfig()
         mode = str(v.image_size) if vision_mode is None else vision_mode

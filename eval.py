@@ -7,9 +7,9 @@ Runs to evidence: a table, a picture, and text you can read.
 
 PPL is exp of the mean cross-entropy over all target tokens of the validation segments, each predicted from the true
 ones before it; accuracy is the share of tokens that argmax predicts correctly. Passages are generated greedily from the
-memory alone; CER is their edit distance to the originals, divided by the length of the originals, in characters.
-Positions are those before the target. Not drawn is the share of the text that is not on the page. KV saved: bytes of
-bf16 cache that a segment saves. ms: milliseconds to encode a segment, without drawing its page.
+memory alone; CER, given from 16 passages on, is their edit distance to the originals, divided by the length of the
+originals, in characters. Positions are those before the target. Not drawn is the share of the text that is not on the
+page. KV saved: bytes of bf16 cache that a segment saves. ms: milliseconds to encode a segment, its page drawn before.
 """
 import argparse
 import struct

@@ -61,7 +61,8 @@ def flags():
     for name, encoder in encoder_flags().items():
         setting, text = settings_of(encoder)[name], re.search(rf'\b{name}: (.*)|$', encoder.__doc__ or '')[1]
         text = f'{encoder.__name__}: {text}' + f' (default: {setting.default})' * (setting.default not in (None, ''))
-        add(name, setting.annotation, None, text.replace('%', '%%') + '%(default).0s')      # hide the flag's own None
+        kind = getattr(setting.annotation, '__args__', [setting.annotation])[0]             # of int | None it is int
+        add(name, kind, None, text.replace('%', '%%') + '%(default).0s')      # hide the flag's own None
     add('steps', int, None, 'optimiser steps; None: one epoch')
     add('batch_size', int, 8, 'segments in a micro-batch')
     add('gradient_accumulation_steps', int, 6, 'micro-batches in a step, over all processes')

@@ -135,5 +135,5 @@ def test_clip_block_by_its_formula():
 
 def test_settings_are_the_keywords():
     for encoder in ENCODERS.values():
-        assert all(p.annotation in (bool, int, float, str) and p.default is not inspect.Parameter.empty for p in settings_of(encoder).values())
+        assert all(p.annotation in (bool, int, float, str, int | None, str | None) and p.default is not inspect.Parameter.empty for p in settings_of(encoder).values())
     assert set(PRESETS) == {'tiny', 'full'}

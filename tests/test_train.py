@@ -194,7 +194,7 @@ class Stride(nn.Module):
 
     keep_every: n, 100% divided by what is kept"""
 
-    def __init__(self, config, context_length, *, keep_every: int = 2, scaled: bool = True):
+    def __init__(self, config, context_length, *, keep_every: int | None = 2, scaled: bool = True):
         super().__init__()
         self.keep_every = keep_every
         self.scale = nn.Parameter(torch.ones(config.hidden_size), requires_grad=scaled)
