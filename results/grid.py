@@ -9,11 +9,11 @@ The paper's comparison at laptop scale: every regime from results/reader, recons
 
 Each row is one run of train.py. All rows see the same number of segments, none of them twice. Language modelling starts
 from the reconstruction run of its row, so every decoder has had two stages. Truncation keeps as many tokens as the
-memory next to it has vectors. It starts from the run that had to predict the context without seeing it ("none"), and
-once more from the reader itself ("reader_last"), which has had one stage less. "_off" takes the memory away from the
-second stage of its row: what the first stage did to the decoder as a language model. "_hybrid" adds as many of the last
-tokens to the memory. Convolutions start as mean pooling (--conv_gain 0): started as in the paper, they had
-learned nothing after 200 to 800 steps at any rate tried (results/grid/tries.txt).
+memory next to it has vectors. It starts from the run that had to predict the context without seeing it ("none").
+"lm_reader_" starts from the reader itself, so with one stage less. "_off" takes the memory away from the second stage
+of its row: what the first stage did to the decoder as a language model. "_hybrid" adds as many of the last tokens to
+the memory. Convolutions start as mean pooling (--conv_gain 0): started as in the paper, they had learned nothing after
+200 to 800 steps at any rate tried (results/grid/tries.txt).
 """
 import argparse
 import json
@@ -45,7 +45,9 @@ def rows():
         yield none + [(f'{regime}_{value}', None, f'{REGIMES[regime]} {value}') for regime, value in wave]
         yield [(f'lm_{regime}_{value}', f'{regime}_{value}', lm(regime, value)) for regime, value in wave] + [
             (f'lm_last_{kept}', 'none', lm('text', kept)), (f'lm_reader_last_{kept}', None, lm('text', kept))] + (
-            [(f'lm_last_{n}', 'none', lm('text', n)) for n in (0, 128)] if first == 0 else []) + [
+            [(f'lm_last_{n}', 'none', lm('text', n)) for n in (0, 128)] + [
+                (f'lm_reader_{regime}_{value}', None, lm(regime, value)) for regime, value in wave]
+            if first == 0 else []) + [
             (f'lm_{regime}_{value}_off', f'{regime}_{value}',
              lm('text', 0).replace('1e-3', '3e-4' if regime == 'vision' else '1e-3')) for regime, value in wave] + [
             (f'lm_{regime}_{value}_hybrid', f'{regime}_{value}', f'{lm(regime, value)} --hybrid_text_tokens {kept}')
