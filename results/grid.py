@@ -26,32 +26,41 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ('--batch_size 8 --gradient_accumulation_steps 1 --beta2 0.95 --log_steps 20 --eval_steps 200 '
           '--eval_segments 250 --save_steps 200')
-REGIMES = {        # flags, with rates searched for means and convolutions (results/grid/tries.txt), not for vision
-    'text': '--regime text --learning_rate 1e-3 --text_context_tokens',
-    'meanpool': '--regime meanpool --learning_rate 3e-3 --compression_window_size',
-    'conv': '--regime conv1d_residual --learning_rate 3e-3 --encoder_lr 3e-4 --conv_gain 0 --compression_target',
-    'vision': '--regime vision --learning_rate 3e-4 --encoder_lr 1e-4 --vision_mode',
-    'frozen': '--regime vision --learning_rate 3e-4 --no-train-encoder --vision_mode'}
+# Peak learning rate of the decoder for reconstruction and for language modelling (results/grid/tries.txt), other flags.
+REGIMES = {
+    'text': ('1e-3', '3e-4', '--regime text --text_context_tokens'),
+    'meanpool': ('3e-3', '1e-3', '--regime meanpool --compression_window_size'),
+    'conv': ('3e-3', '1e-3', '--regime conv1d_residual --encoder_lr 3e-4 --conv_gain 0 --compression_target'),
+    'vision': ('3e-4', '3e-4', '--regime vision --encoder_lr 1e-4 --vision_mode'),
+    'frozen': ('3e-4', '3e-4', '--regime vision --no-train-encoder --vision_mode')}
 
 def rows():
     """Yield waves, the most important ones first: lists of (name, folder to start from, flags)."""
     memories = [[('meanpool', 8), ('vision', 256), ('conv', 16)], [('meanpool', 4), ('vision', 320), ('conv', 32)],
                 [('meanpool', 16), ('vision', 192), ('conv', 8)], [('meanpool', 2), ('frozen', 256), ('conv', 64)],
                 [('meanpool', 32), ('conv', 4)]]
-    lm = lambda regime, value: f'{REGIMES[regime].replace("3e-3", "1e-3")} {value} --objective lm'
+
+    def flags(regime, value, rate):
+        return f'--learning_rate {rate} {REGIMES[regime][2]} {value}'
+
+    def lm(regime, value, rate=None):
+        return flags(regime, value, rate or REGIMES[regime][1]) + ' --objective lm'
+
     for first, wave in enumerate(memories):
         kept = {8: 17, 4: 33, 16: 9, 2: 65, 32: 5}[wave[0][1]]
-        none = [('none', None, f'{REGIMES["text"]} 0')] if first == 0 else []
-        yield none + [(f'{regime}_{value}', None, f'{REGIMES[regime]} {value}') for regime, value in wave]
-        yield [(f'lm_{regime}_{value}', f'{regime}_{value}', lm(regime, value)) for regime, value in wave] + [
-            (f'lm_last_{kept}', 'none', lm('text', kept)), (f'lm_reader_last_{kept}', None, lm('text', kept))] + (
-            [(f'lm_last_{n}', 'none', lm('text', n)) for n in (0, 128)] + [
-                (f'lm_reader_{regime}_{value}', None, lm(regime, value)) for regime, value in wave]
-            if first == 0 else []) + [
-            (f'lm_{regime}_{value}_off', f'{regime}_{value}',
-             lm('text', 0).replace('1e-3', '3e-4' if regime == 'vision' else '1e-3')) for regime, value in wave] + [
-            (f'lm_{regime}_{value}_hybrid', f'{regime}_{value}', f'{lm(regime, value)} --hybrid_text_tokens {kept}')
-            for regime, value in wave]
+        yield ([('none', None, flags('text', 0, '1e-3'))] if first == 0 else []) + [
+            (f'{regime}_{value}', None, flags(regime, value, REGIMES[regime][0])) for regime, value in wave]
+        second = [(f'lm_{regime}_{value}', f'{regime}_{value}', lm(regime, value)) for regime, value in wave]
+        second += [(f'lm_last_{kept}', 'none', lm('text', kept))]
+        if first == 0:
+            second += [(f'lm_last_{n}', 'none', lm('text', n)) for n in (0, 128)]
+            second += [(f'lm_reader_last_{n}', None, lm('text', n)) for n in (kept, 0)]
+            second += [(f'lm_reader_{regime}_{value}', None, lm(regime, value, '3e-4')) for regime, value in wave]
+        for regime, value in wave:
+            second += [
+                (f'lm_{regime}_{value}_off', f'{regime}_{value}', lm('text', 0, REGIMES[regime][1])),
+                (f'lm_{regime}_{value}_hybrid', f'{regime}_{value}', f'{lm(regime, value)} --hybrid_text_tokens {kept}')]
+        yield second
 
 def run(args, folder, row):
     """One row, from its last save if there is one."""
