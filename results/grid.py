@@ -57,9 +57,9 @@ def rows():
             second += [(f'lm_reader_last_{n}', None, lm('text', n)) for n in (kept, 0)]
             second += [(f'lm_reader_{regime}_{value}', None, lm(regime, value, '3e-4')) for regime, value in wave]
         for regime, value in wave:
-            second += [
-                (f'lm_{regime}_{value}_off', f'{regime}_{value}', lm('text', 0, REGIMES[regime][1])),
-                (f'lm_{regime}_{value}_hybrid', f'{regime}_{value}', f'{lm(regime, value)} --hybrid_text_tokens {kept}')]
+            name = f'{regime}_{value}'
+            second += [(f'lm_{name}_off', name, lm('text', 0, REGIMES[regime][1])),
+                       (f'lm_{name}_hybrid', name, f'{lm(regime, value)} --hybrid_text_tokens {kept}')]
         yield second
 
 def run(args, folder, row):
