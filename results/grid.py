@@ -66,8 +66,11 @@ def run(args, folder, row):
     """One row, from its last save if there is one."""
     name, start, flags = row
     out = folder / name
-    log = (out / 'log.jsonl').read_text().splitlines() if (out / 'log.jsonl').exists() else ['{"step": 0}']
-    if json.loads(log[-1])['step'] >= args.steps and 'val_loss' in log[-1]:
+
+    def ended():
+        log = (out / 'log.jsonl').read_text().splitlines() if (out / 'log.jsonl').exists() else ['{"step": 0}']
+        return json.loads(log[-1])['step'] >= args.steps and 'val_loss' in log[-1]
+    if ended():
         return
     model = folder / start if start else ROOT / 'results' / 'reader'
     command = ['--resume'] if (out / 'model.safetensors').exists() else [
@@ -76,9 +79,9 @@ def run(args, folder, row):
     command = [sys.executable, 'train.py', '--output_dir', str(out), *command]
     print(' '.join(command), flush=True)
     with open(f'{out}.txt', 'a') as console:
-        ended = subprocess.run(command, cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=console,
-                               stderr=console)
-    if ended.returncode:
+        code = subprocess.run(command, cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=console,
+                              stderr=console).returncode
+    if code or not ended():
         raise SystemExit(f'{name}: stopped; {out}.txt says why')
     for optimizer in out.glob('Ada*.pt'):                     # 45 MB that a finished run does not need
         optimizer.unlink()
