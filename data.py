@@ -43,14 +43,14 @@ def find_files(source):
                 yield Path(huggingface_hub.hf_hub_download(filename=name, **hub))
         return
     root = Path(source)
-    paths = [path for path in [root, *sorted(root.rglob('*'))] if path.suffix in KINDS and path.is_file()]
+    paths = [path for path in [root, *sorted(root.rglob('*'))] if path.suffix.lower() in KINDS and path.is_file()]
     check(paths, f'{source}: ' + (f'no {" ".join(sorted(KINDS))} files' if root.exists() else 'does not exist'))
     yield from paths
 
 def records(path, wanted, lone, skip):
-    """Yield the records of a file as dicts. A text file is one with "text"; the `lone` one is cut into ten or more, so
-    that the split has two sides. skip(where, why) is called for what cannot be read. Raises ValueError."""
-    if path.suffix == '.parquet':
+    """Yield the records of a file as dicts. A text file is one record, {'text': ...}; the `lone` one is cut into about
+    ten or more, as the split has two sides. skip(where, why) is called for what cannot be read. Raises ValueError."""
+    if path.suffix.lower() == '.parquet':
         import pyarrow.parquet
         with explain(f'{path}: cannot be read'):
             file = pyarrow.parquet.ParquetFile(path)
@@ -60,7 +60,7 @@ def records(path, wanted, lone, skip):
                 return
             for batch in file.iter_batches(256, columns=[wanted] if wanted in names else names):     # not images
                 yield from batch.to_pylist()
-    elif path.suffix == '.jsonl':
+    elif path.suffix.lower() == '.jsonl':
         with open(path, 'rb') as file:
             for number, line in enumerate((line for line in file if line.strip(b'\xef\xbb\xbf \t\r\n')), 1):
                 try:
@@ -109,10 +109,10 @@ def fingerprint(tokenizer):
 
 def prepare(source, out, tokenizer, context, continuation, train_segments=None, val_segments=None, field=None):
     """Make the corpus folder `out`, which gets its name only when it is complete. Without numbers of segments it has
-    all there are, a tenth for validation, as nearly as whole documents allow. Raises ValueError or OSError."""
+    all there are, about a tenth for validation, in whole documents. Raises ValueError or OSError."""
     out, length, counts = Path(out), context + continuation, Counter(train=0, val=0)
     dtype = 'uint16' if tokenizer.n_vocab <= 2 ** 16 else 'uint32'
-    ninth = -(-train_segments // 9) if train_segments else math.inf           # of one side, so a tenth of both
+    ninth = -(-train_segments // 9) if train_segments else math.inf           # of training, so a tenth of the total
     limit = {'train': train_segments or math.inf, 'val': val_segments or ninth}
     share = limit['val'] / sum(limit.values()) if train_segments else 0.1
 
@@ -137,8 +137,7 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
                 if done + n == sum(limit.values()):
                     break
         report = ', '.join(f'{value:,} {key}' for key, value in counts.items())
-        both = counts['train'] and counts['val']
-        check(both, f'{source}: too short for a segment of {length} tokens on both sides; found {report}')
+        check(counts['train'] and counts['val'], f'{source}: too short for segments of {length} tokens; found {report}')
         meta = {'source': str(source), 'tokenizer': fingerprint(tokenizer), 'context': context,
                 'continuation': continuation, 'dtype': dtype, **counts}
         (folder / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
@@ -215,9 +214,9 @@ class Batches(torch.utils.data.Dataset):
         return torch.utils.data.DataLoader(self, batch_size=None, sampler=order, num_workers=workers,
                                            pin_memory=torch.cuda.is_available(), worker_init_fn=keep_running)
 
-def check_numbers(args, may_be_0=''):
-    """Raises ValueError for a flag whose number is negative, NaN, or 0 if it is not among the names in `may_be_0`."""
-    for name, value in vars(args).items():
+def check_numbers(flags, may_be_0=''):
+    """Raises ValueError for a flag, {name: value}, that is negative, NaN, or 0 if it is not named in `may_be_0`."""
+    for name, value in flags.items():
         if type(value) in (int, float) and (not value >= 0 or value == 0 and name not in may_be_0.split()):
             raise ValueError(f'--{name} {value}: must be {"at least" if name in may_be_0.split() else "above"} 0')
 
@@ -234,7 +233,7 @@ def main(argv=None):
     add('--val_segments', type=int, help='at most this many (default: a tenth; the paper: 10000)')
     add('--field', help='the field of a record with its text (default: text, or the one with most text)')
     args = parser.parse_args(argv)
-    check_numbers(args)
+    check_numbers(vars(args))
     check(not Path(args.out).exists(), f'{args.out}: exists already')
     args.tokenizer = tokenizer_of(vars(args).pop('model'))
     prepare(**vars(args))

@@ -61,7 +61,7 @@ class MeanPool(nn.Module):
                  compression_stride: int | None = None):
         super().__init__()
         self.compression_window_size = w = compression_window_size
-        # Under another name than the setting, so that a stride of None is stored as None and follows a new window.
+        # Not named compression_stride: so config.json keeps None, and a run with another window has its own stride.
         self.stride = s = w if compression_stride is None else compression_stride
         if not 1 <= w <= context_length or s < 1:
             raise ValueError(f'window {w} with stride {s} does not fit a context of {context_length} tokens')

@@ -7,9 +7,10 @@ Runs to evidence: a table, a picture, and text you can read.
 
 PPL is exp of the mean cross-entropy over all target tokens of the validation segments, each predicted from the true
 ones before it; accuracy is the share of tokens that argmax predicts correctly. Passages are generated greedily from the
-memory alone; CER, given from 16 passages on, is their edit distance to the originals, divided by the length of the
-originals, in characters. Positions are those before the target. Not drawn is the share of the text that is not on the
-page. KV saved: bytes of bf16 cache that a segment saves. ms: milliseconds to encode a segment, its page drawn before.
+memory alone; CER, for reconstruction and from 16 passages on, is their edit distance to the originals, divided by the
+length of the originals, in characters. Positions are those before the target, ratio is the context tokens for each of
+them. Not drawn is the share of the text that is not on the page. KV saved: bytes of bf16 cache that a segment saves.
+ms: milliseconds to encode a segment, on the CPU with one thread; its page is drawn before.
 """
 import argparse
 import struct
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from data import Batches, check_numbers, corpus_of, open_corpus
 from decoder import OBJECTIVES
-from load_deepseek import VISION, fetch, load, load_run, open_tensors
+from load_deepseek import VISION, fetch, load, load_run, open_tensors, read_json
 from render import check, explain, run_main
 
 def pick_device(name, index=0):
@@ -54,9 +55,9 @@ def evaluate(model, batches, device, workers=0, rank=0, world=1, progress=False,
     for batch in tqdm(loader, disable=not progress, leave=False):
         with autocast(device):
             losses, hits, _ = model(to_device(batch, device))
-        counted = mask(batch).to(device) if mask else torch.ones_like(hits)
+        where = mask(batch).to(device) if mask else torch.ones_like(hits)
         lost = batch['lost'].sum() if 'lost' in batch else 0
-        sums += torch.tensor([losses[counted].double().sum(), hits[counted].sum(), lost, counted.sum(), len(hits)])
+        sums += torch.tensor([losses[where].cpu().double().sum(), hits[where].sum(), lost, where.sum(), len(hits)])
     if world > 1:
         sums = sums.to(device)
         torch.distributed.all_reduce(sums)
@@ -97,8 +98,8 @@ def show(original, generated, title, width=110):
 
 def plot(rows, path):
     """Draw PPL against ratio, a panel for each objective and corpus, a dot for each run, lines through the means over
-    seeds. Runs of a regime that differ in anything else at the same ratio get lines of their own, which name it. Dashed
-    lines are no context and the whole context."""
+    seeds. Where runs of one regime at the same ratio differ in another setting, each value of it has its own line, with
+    a label. Dashed lines are no context and the whole context."""
     import matplotlib.pyplot as plt
     place = lambda row: (row['objective'], row['data'], row['regime'], row['ratio'])
     fields = lambda row: {'setting': row['setting'], **row['args']}
@@ -120,7 +121,7 @@ def plot(rows, path):
             for point in means:
                 ax.annotate(f'{point[1]:.3g}', point, (4, -10 if i % 2 else 4), textcoords='offset points', fontsize=8)
         for name, column, value in (('no context', 'positions', 1), ('whole context', 'KV saved', 0)):
-            if ends := [row['PPL'] for row in points if row[column] == value]:
+            if ends := [row['PPL'] for row in points if row['regime'] == 'text' and row[column] == value]:
                 ax.axhline(min(ends), color='grey', ls='--', lw=1, label=f'{name} {min(ends):.3g}')
         ax.set(title=' on '.join(panel), xlabel='context tokens / positions before the target', ylabel='perplexity')
         ax.set_xscale('log', base=2)
@@ -151,9 +152,11 @@ def read_page(args, device):
     image, dtype = open_image(args.image), torch.bfloat16 if device.type == 'cuda' else torch.float32
     can_read = any(name.startswith(VISION) for name in open_tensors(fetch(args.model)))
     check(can_read, f'{args.model}: has no vision encoder, so it cannot read')
-    prompt = ('\n' + args.prompt.replace('<image>', '').strip()).rstrip()        # the page takes the tag's place
-    model, tokenizer, _ = load(args.model, 'vision', 0, device=device, dtype=dtype, vision_mode=args.vision_mode,
-                               vision_prompt=prompt)
+    own = read_json(fetch(args.model) / 'config.json').get('run', {}).get('settings', {'vision_prompt': '\nFree OCR.'})
+    prompt = args.prompt and ('\n' + args.prompt.replace('<image>', '').strip()).rstrip()   # the page replaces the tag
+    model, tokenizer, _ = load(args.model, 'vision', 0, device=device, dtype=dtype,
+                               vision_mode=args.vision_mode or own.get('vision_mode'),
+                               vision_prompt=own['vision_prompt'] if prompt is None else prompt)
     size = (model.encoder.image_size,) * 2
     image = image.resize(size) if size[0] <= 640 else ImageOps.pad(image, size, color=(127, 127, 127))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]         # (1, 3, S, S) uint8
@@ -163,10 +166,6 @@ def read_page(args, device):
     print(text_of(ids, tokenizer, eos))
     if ids[-1] not in eos:
         print(f'stopped at --max_new_tokens {len(ids)}, before the end of the text', file=sys.stderr)
-
-def compression_ratio(context, positions):
-    """Context tokens for each position before the target, BOS and prompt counted."""
-    return round(context / positions, 2)
 
 def row_of(folder, args, device):
     """Evaluate a run -> its row of the table, a dict, and [(original, generated)]."""
@@ -178,8 +177,8 @@ def row_of(folder, args, device):
     page = {k: v for k in ('font', 'font_size', 'line_spacing') if image_size and (v := getattr(args, k))}
     batches = Batches(data, 'val', args.batch_size, tokenizer, image_size, limit=args.segments, **page)
     result = evaluate(model, batches, device, args.workers, progress=True)
-    pairs = (pair for n in range(len(batches)) for pair in passages(model, batches[n], tokenizer, device))
-    texts = list(islice(pairs, args.generate))
+    rows = ({name: x[:args.generate] for name, x in batches[n].items()} for n in range(len(batches)))
+    texts = list(islice((pair for batch in rows for pair in passages(model, batch, tokenizer, device)), args.generate))
     if len(texts) < args.generate:
         print(f'{folder}: only {len(texts)} passages, as there are no more segments', file=sys.stderr)
     cer = sum(edit_distance(*pair) for pair in texts) / max(sum(len(original) for original, _ in texts), 1)
@@ -192,13 +191,13 @@ def row_of(folder, args, device):
     return {
         'run': folder, 'regime': run['regime'], 'objective': objective, 'data': Path(data).name,
         'setting': ', '.join(f'{name} {value}' for name, value in labels.items() if value not in ('', None)),
-        'positions': positions, 'ratio': compression_ratio(T, positions), 'PPL': round(result['ppl'], 3),
+        'positions': positions, 'ratio': round(T / positions, 2), 'PPL': round(result['ppl'], 3),
         'accuracy': round(result['accuracy'], 3),
         'CER': round(cer, 3) if len(texts) >= 16 and objective == 'reconstruction' else None,
         'not drawn': round(result['lost'], 3) if image_size else None,
         'KV saved': kv_bytes * (T + 1 - positions), 'ms': round(ms, 2),
-        'args': {**flags, 'model': Path(flags.get('model') or run.get('started_from', '')).name,   # alike for all seeds
-                 'regime': None, 'seed': None, 'data': data}}, texts
+        'args': {**flags, 'model': Path(flags.get('model', '')).name, 'data': data, **dict.fromkeys(   # alike for all:
+            'regime seed workers device compile log_steps eval_steps eval_segments save_steps'.split())}}, texts
 
 def main(argv=None):
     """The command line: a row for each run, then picture and passages; or a page read."""
@@ -218,16 +217,16 @@ def main(argv=None):
     add('--image', metavar='FILE', help='read this page; only the flags below and --device apply')
     add('--model', default='deepseek-ai/DeepSeek-OCR', help='what reads it (default deepseek-ai/DeepSeek-OCR)')
     add('--vision_mode', help="tiny, small, base, large or pixels (default: the model's page size)")
-    add('--prompt', default='Free OCR.', help='what to do with the page (default "Free OCR.")')
+    add('--prompt', help='what to do with the page (default "Free OCR."; of a run, its own prompt)')
     add('--max_new_tokens', type=int, default=8192, help='tokens to read at most (default 8192)')
     args = parser.parse_args(argv)
-    check_numbers(args, 'generate workers')
+    check_numbers(vars(args), 'generate workers')
     device = pick_device(args.device)
     if args.image:
         return read_page(args, device)
     check(args.runs, 'give a RUN or an --image')
     for folder in args.runs:
-        fetch(folder)                          # reports a misspelt folder before evaluating any
+        read_json(fetch(folder) / 'config.json')              # reports a misspelt folder before evaluating any
     rows, texts = zip(*(row_of(folder, args, device) for folder in args.runs))
     columns = [name for name in rows[0] if name != 'args' and any(row[name] is not None for row in rows)]
     print('| ' + ' | '.join(columns) + ' |\n|' + '---|' * len(columns))

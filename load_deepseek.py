@@ -31,7 +31,7 @@ from encoders import ENCODERS, VisionConfig, settings_of
 from render import check, explain, run_main
 
 # Models without weights, as the config.json that they would have. What is not here is as in DeepSeek-OCR.
-PRESETS = {'full': {'n_routed_experts': 64}, 'tiny': {
+PRESETS = {'full': {'tokenizer': 'bytes', 'n_routed_experts': 64}, 'tiny': {
     'tokenizer': 'bytes', 'language_config': dict(
         vocab_size=259, hidden_size=128, intermediate_size=352, moe_intermediate_size=96, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2),
@@ -48,8 +48,8 @@ SUPPORTED = {
     'routed_scaling_factor': (1,), 'moe_layer_freq': (1,)}
 
 # tokenizer.json splits text in passes. DeepSeek's: digits, runs of Chinese or kana (K), the rest; SmolLM2's: single
-# digits, the rest as in GPT-2. In one pattern, an alternative must stop where an earlier pass would have split. The
-# last one of DeepSeek takes what no pass matches (controls, joiners), because tiktoken would drop it.
+# digits, the rest as in GPT-2. One pattern does it all here, so no part of it may match across the cut of an earlier
+# pass. The last one of DeepSeek takes what no pass matches (controls, joiners), because tiktoken would drop it.
 PATTERNS = {'deepseek': '|'.join([
     r'\p{N}{1,3}', r'[K]+', r'[!"#$%&\'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+',
     r'[^\r\n\p{L}\p{P}\p{S}]?[[\p{L}\p{M}]--[K]]+', r' ?[[\p{P}\p{S}]--[K]]+[\r\n]*', r'\s*[\r\n]+',
@@ -190,7 +190,7 @@ def load_run(folder, device='cpu', dtype=torch.float32):
     with explain(f'{folder}: not a run of train.py; a plain model goes to --model'):
         run = read_json(fetch(folder) / 'config.json')['run']
         choices = {**run['settings'], **{name: run[name] for name in ('regime', 'context', 'objective', 'hybrid')}}
-        ENCODERS[run['regime']]
+    check(run['regime'] in ENCODERS, f'{folder}: its encoder, {run["regime"]}, is not registered in encoders.py')
     return load(folder, device=device, dtype=dtype, **choices)
 
 def write_atomic(path, write):
@@ -212,7 +212,7 @@ def save(tensors, config, folder, step=0, source=None):
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     for file in [*Path(source).glob('*token*.json'), *Path(source).glob('*.py')] if source else []:
-        (folder / file.name).write_bytes(file.read_bytes())
+        write_atomic(folder / file.name, lambda path: path.write_bytes(file.read_bytes()))
     write_atomic(folder / 'config.json', lambda path: path.write_text(json.dumps(config, indent=1), encoding='utf-8'))
     write_atomic(folder / 'model.safetensors',
                  lambda path: safetensors.torch.save_file(tensors, path, {'format': 'pt', 'step': str(step)}))

@@ -5,7 +5,7 @@ One run: one regime, one objective.
     python train.py --model out/meanpool --objective lm             stage two, from that run
     python data.py finewiki --out fw --model deepseek-ai/DeepSeek-OCR --train_segments 500000 --val_segments 10000
     python train.py --regime meanpool --model deepseek-ai/DeepSeek-OCR --data fw             the paper, on a large GPU
-    torchrun --nproc_per_node=8 train.py ...                                                 the same on eight
+    torchrun --nproc_per_node=6 train.py ...                                                 the same on six
 
 A run is the folder out/<regime> (or out/<regime>_lm): config.json, the weights and the optimiser as last saved, and
 log.jsonl, a line per report. A run that continues it (--resume) or starts from it (--model) has its flags as defaults.
@@ -74,7 +74,7 @@ def flags():
     add('max_grad_norm', float, 1.0, 'clip the gradient to this norm')
     add('optimizer', str, 'adamw', 'adafactor stores little; give it a rate of 5e-3', choices=('adamw', 'adafactor'))
     add('weights', str, 'fp32', 'dtype of the trained weights; the authors use bf16', choices=('fp32', 'bf16'))
-    add('grad_checkpoint', bool, False, 'recompute activations in the backward pass instead of storing them')
+    add('grad_checkpoint', bool, False, "recompute the decoder's activations in the backward pass, do not store them")
     add('compile', bool, None, 'torch.compile; None: on CUDA')
     add('device', str, 'auto', 'cpu, cuda, mps; auto is cuda if there is one')
     add('workers', int, None, 'processes that prepare batches; None: 0, for pages 2; on CUDA 2 and 6')
@@ -87,7 +87,7 @@ def flags():
 
 def parse_args(argv=None):
     """Parse to see which run --resume or --model names, take its flags (or TINY) as defaults, and parse again, so that
-    the command line wins. Raises ValueError for values out of range, or a --resume that would change the run."""
+    the command line wins. Raises ValueError for values out of range, or a --resume that would change the model."""
     parser = flags()
     args = parser.parse_args(argv)
     folder = lambda args: args.output_dir or f'out/{args.regime}' + '_lm' * (args.objective == 'lm')
@@ -99,8 +99,8 @@ def parse_args(argv=None):
     if run and parser.parse_args(argv).regime == run['regime']:       # the settings belong to the run's own encoder
         parser.set_defaults(**run['settings'])
     args = parser.parse_args(argv)
-    check_numbers(args, 'hybrid_text_tokens learning_rate encoder_lr weight_decay beta2 warmup_ratio workers seed '
-                        'save_steps ' + ' '.join(encoder_flags()))
+    check_numbers({name: value for name, value in vars(args).items() if name not in encoder_flags()},
+                  'hybrid_text_tokens learning_rate encoder_lr weight_decay beta2 warmup_ratio workers seed save_steps')
     check(args.warmup_ratio <= 1 > args.beta2, '--warmup_ratio must be at most 1, --beta2 below 1')
     check(args.seed < 2 ** 63, f'--seed {args.seed}: must be below 2^63')
     if args.resume:
@@ -196,7 +196,8 @@ def main(argv=None):
     cannot_compile = device.type == 'cpu' and args.weights == 'fp32' and model.decoder.config.n_routed_experts
     check(not (args.compile and cannot_compile), '--compile: on the CPU, experts compile only with --weights bf16')
     model.decoder.grad_checkpoint = args.grad_checkpoint
-    model.encoder.requires_grad_(args.train_encoder)
+    if not args.train_encoder:
+        model.encoder.requires_grad_(False)
     image_size = getattr(model.encoder, 'image_size', None)
     train, val_part, val = (Batches(args.data, side, args.batch_size, tokenizer, image_size, args.seed, limit)
                             for side, limit in (('train', None), ('val', args.eval_segments), ('val', None)))
@@ -272,7 +273,7 @@ def main(argv=None):
     # ---- the end
     if world > 1:
         torch.distributed.barrier()                               # until rank 0 has saved
-        time.sleep(1)       # gloo's threads may still be freeing tensors, which takes a lock that its destructor holds
+        time.sleep(1)           # gloo's threads need a lock to free tensors; its destructor holds it and waits for them
         torch.distributed.destroy_process_group()
     if rank == 0 and not last:
         print(f'stopped at step {step}' + '; continue with --resume' * bool(args.save_steps))

@@ -28,7 +28,7 @@ SHARED = ('--batch_size 8 --gradient_accumulation_steps 1 --beta2 0.95 --log_ste
           '--eval_segments 250 --save_steps 200')
 # Peak learning rate of the decoder for reconstruction and for language modelling (results/grid/tries.txt), other flags.
 REGIMES = {
-    'text': ('1e-3', '3e-4', '--regime text --text_context_tokens'),
+    'text': ('1e-3', '1e-3', '--regime text --text_context_tokens'),
     'meanpool': ('3e-3', '1e-3', '--regime meanpool --compression_window_size'),
     'conv': ('3e-3', '1e-3', '--regime conv1d_residual --encoder_lr 3e-4 --conv_gain 0 --compression_target'),
     'vision': ('3e-4', '3e-4', '--regime vision --encoder_lr 1e-4 --vision_mode'),
@@ -54,7 +54,7 @@ def rows():
         second += [(f'lm_last_{kept}', 'none', lm('text', kept))]
         if first == 0:
             second += [(f'lm_last_{n}', 'none', lm('text', n)) for n in (0, 128)]
-            second += [(f'lm_reader_last_{n}', None, lm('text', n)) for n in (kept, 0)]
+            second += [(f'lm_reader_last_{n}', None, lm('text', n, '3e-4')) for n in (kept, 0)]
             second += [(f'lm_reader_{regime}_{value}', None, lm(regime, value, '3e-4')) for regime, value in wave]
         for regime, value in wave:
             name = f'{regime}_{value}'

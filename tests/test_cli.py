@@ -166,6 +166,10 @@ def test_eval_and_render(here, capsys):
     refused(capsys, train.main, f'--data texts --seed {2 ** 63}', 'must be below 2^63')
     refused(capsys, evaluation.main, 'run --generate -1', '--generate -1: must be at least 0')
     refused(capsys, evaluation.main, '', 'give a RUN or an --image')
+    (here / 'no_save').mkdir()
+    refused(capsys, evaluation.main, 'run no_save', 'no_save/config.json: cannot be read')                    # before run is evaluated
+    (here / 'run' / 'config.json').write_text(json.dumps({**config, 'run': {**config['run'], 'regime': 'jpeg'}}), encoding='utf-8')
+    refused(capsys, evaluation.main, 'run', 'its encoder, jpeg, is not registered')
     (here / 'run' / 'config.json').write_text(json.dumps({'language_config': {}}), encoding='utf-8')
     refused(capsys, evaluation.main, 'run', 'not a run')
     refused(capsys, render.main, 'nowhere.txt', 'nowhere.txt')
@@ -191,13 +195,25 @@ def test_a_mistake_is_one_line_and_a_bug_keeps_its_traceback(here, capsys, monke
         == "No module named 'pyarrow'; pip install pyarrow"
     assert said(capsys, lambda argv: render.render_page('a', 64, font='no\nfont'), '').startswith('no font: no such font')
     for error in (ValueError('of a test, which is not one of our own files'), TypeError('a bug'), KeyError('another')):
-        with pytest.raises(type(error)):
+        with pytest.raises(SystemExit, match=f'(?s)Traceback.*{type(error).__name__}'):
             render.run_main(lambda: raised(error)(None))
-    with pytest.raises(ValueError):
+    with pytest.raises(SystemExit, match='(?s)Traceback.*JSONDecodeError'):
         render.run_main(lambda: json.loads('{'))
     monkeypatch.setenv('DEBUG', '1')
-    with pytest.raises(ValueError, match='nofont'):
+    with pytest.raises(SystemExit, match='(?s)Traceback.*nofont'):
         render.run_main(lambda: render.render_page('a', 64, font='nofont'))
+
+
+def test_a_bug_ends_the_process_while_workers_draw_pages(here):
+    """Workers ignore SIGTERM, so whatever waits for them at exit must let go of the loader first."""
+    script = """if True:
+        import render, train
+        def step(*args):
+            raise RuntimeError('out of memory')
+        train.train_step = step
+        render.run_main(lambda: train.main('--regime vision --vision_mode 64 --data texts --context 32 --workers 1'.split()))"""
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)}, timeout=60)
+    assert done.returncode == 1 and 'Traceback' in done.stderr and done.stderr.rstrip().endswith('RuntimeError: out of memory')
 
 
 def test_the_entry_point(here):

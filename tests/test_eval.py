@@ -109,7 +109,7 @@ def test_positions_and_ratios_of_the_paper(monkeypatch):
         model, _, _ = load('thin', regime, 1000, **settings)
         size = getattr(model.encoder, 'image_size', 64)
         prefix = model.prefix({**batch, 'image': torch.zeros(1, 3, size, size)})
-        assert prefix.shape[1] == positions and evaluation.compression_ratio(1000, positions) == ratio and torch.isfinite(prefix).all()
+        assert prefix.shape[1] == positions and round(1000 / positions, 2) == ratio and torch.isfinite(prefix).all()
 
 
 def test_sums_are_over_all_tokens_that_count(runs):

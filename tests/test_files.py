@@ -233,7 +233,7 @@ def test_of_several_frames_the_first_is_read_and_one_line_says_so(tmp_path, caps
 
 # ------------------------------------------------------------------------------------------------------- reading a page
 
-def read_page(released, tmp_path, monkeypatch, ids=(5, 6, 1), *flags):
+def read_page(released, tmp_path, monkeypatch, ids=(5, 6, 1), *flags, mode=('--vision_mode', 'tiny')):
     """What eval.py --image does with a model that generates these ids; returns the prompt's ids and the tokens asked for."""
     seen = {}
 
@@ -243,7 +243,7 @@ def read_page(released, tmp_path, monkeypatch, ids=(5, 6, 1), *flags):
     monkeypatch.setattr(Autoencoder, 'generate', generate)
     if not (tmp_path / 'page.png').exists():
         Image.new('RGB', (30, 30), 'white').save(tmp_path / 'page.png')
-    evaluation.main(['--model', str(released), '--image', str(tmp_path / 'page.png'), '--vision_mode', 'tiny', *flags])
+    evaluation.main(['--model', str(released), '--image', str(tmp_path / 'page.png'), *mode, *flags])
     return seen
 
 
@@ -251,6 +251,13 @@ def read_page(released, tmp_path, monkeypatch, ids=(5, 6, 1), *flags):
 def test_the_page_takes_the_place_of_the_image_tag(released, tmp_path, monkeypatch, prompt):
     seen = read_page(released, tmp_path, monkeypatch, (5, 6, 1), '--prompt', prompt)
     assert seen['prompt'] == tokenizer_of(str(released)).encode_ordinary('\nFree OCR.')
+
+
+def test_a_run_reads_pages_of_its_own_size_with_its_own_prompt(tmp_path, monkeypatch):
+    run = saved(tmp_path / 'run', 'vision', vision_mode='128', vision_prompt='Read.')
+    for flags, side, prompt in (((), 128, 'Read.'), (('--vision_mode', '64', '--prompt', ''), 64, '')):
+        seen = read_page(run, tmp_path, monkeypatch, (5, 6, 1), *flags, mode=())
+        assert seen['image'].shape == (1, 3, side, side) and seen['prompt'] == TOKENIZER.encode_ordinary(prompt)
 
 
 def test_a_text_that_ends_at_max_new_tokens_says_so(released, tmp_path, monkeypatch, capsys):
@@ -373,7 +380,7 @@ def test_runs_of_other_settings_corpora_or_models_are_not_averaged(monkeypatch, 
             train.main([*base, '--output_dir', str(out), *(x for k, v in flags.items() for x in (f'--{k}', v))])
             rows.append(evaluation.row_of(str(out), evaluation_arguments(segments=2), CPU)[0])
         return [line for panel in drawn(monkeypatch, tmp_path, rows).values() for _, line in panel.values()]
-    assert len(runs('seed', {'seed': '1'}, {'seed': '2'})) == 1
+    assert len(runs('seed', {'seed': '1'}, {'seed': '2', 'device': 'cpu', 'log_steps': '3'})) == 1
     assert len(runs('corpus', {'data': str(tmp_path / 'x' / 'data')}, {})) == 2
     assert len(runs('kernel', {'conv_kernel': '3'}, {'conv_kernel': '5'})) == 2
     assert len(runs('model', {'model': str(tmp_path / 'seed0')}, {})) == 2
@@ -408,7 +415,7 @@ def test_a_text_that_is_not_utf8_is_left_out_counted_and_named(tmp_path, capsys,
 
 
 def test_a_byte_order_mark_is_not_text(tmp_path):
-    for name in ('a.txt', 'a.md', 'a.py'):
+    for name in ('a.txt', 'b.md', 'c.PY'):
         (tmp_path / name).write_bytes(b'\xef\xbb\xbf' + TEXT.encode())
     assert documents(tmp_path) == ([TEXT] * 3, {'text'}, [])
     assert render.read_text(tmp_path / 'a.txt') == TEXT

@@ -65,9 +65,11 @@ def test_the_best_loss_is_the_least(corpus, tmp_path, monkeypatch):
     assert [line['val_loss'] for line in log] == [3.0, 2.0, 4.0, 2.5, 5.0] and [line['best_val_loss'] for line in log] == [3.0, 2.0, 2.0, 2.0, 2.0]
 
 
-def test_two_processes_train_as_one(corpus, tmp_path):
+@pytest.mark.parametrize('regime, steps', [('conv1d_residual', 20), ('vision', 2)])
+def test_two_processes_train_as_one(corpus, tmp_path, regime, steps):
     """And one process may go on with what two have saved."""
-    flags = [*FLAGS, '--data', corpus, '--steps', '20', '--eval_steps', '10']
+    flags = [*FLAGS, '--data', corpus, '--regime', regime, '--steps', str(steps), '--eval_steps', str(steps // 2)]
+    flags += ['--vision_mode', '64'] * (regime == 'vision')
 
     def rank(rank, port, *flags):
         os.environ.update(WORLD_SIZE='2', RANK=str(rank), MASTER_ADDR='localhost', MASTER_PORT=port)      # as torchrun does
@@ -81,9 +83,9 @@ def test_two_processes_train_as_one(corpus, tmp_path):
         assert process.exitcode == 0
     train.main([*flags, '--output_dir', str(tmp_path / 'one')])
     for name in ('one', 'two'):
-        train.main(['--resume', '--output_dir', str(tmp_path / name), '--steps', '22'])
+        train.main(['--resume', '--output_dir', str(tmp_path / name), '--steps', str(steps + 2)])
         log, expected = read(tmp_path / name), read(tmp_path / 'one')
-        assert len(log) == len(expected) == 25
+        assert len(log) == len(expected) == steps + 5 + (regime == 'vision')
         for a, b in zip(log, expected):
             for key in {'loss', 'val_loss', 'grad_norm'} & a.keys():
                 assert a[key] == pytest.approx(b[key], abs=1e-5)

@@ -194,13 +194,13 @@ class Stride(nn.Module):
 
     keep_every: n, 100% divided by what is kept"""
 
-    def __init__(self, config, context_length, *, keep_every: int | None = 2, scaled: bool = True):
+    def __init__(self, config, context_length, *, keep_every: int | None = 2, scaled: bool = True, bias: float = -1.0):
         super().__init__()
         self.keep_every = keep_every
-        self.scale = nn.Parameter(torch.ones(config.hidden_size), requires_grad=scaled)
+        self.bias, self.scale = bias, nn.Parameter(torch.ones(config.hidden_size), requires_grad=scaled)
 
     def forward(self, batch, embed):
-        return embed(batch['context'][:, ::self.keep_every]) * self.scale
+        return embed(batch['context'][:, ::self.keep_every]) * self.scale + self.bias
 
 
 def test_a_new_encoder_is_a_class_and_a_line(corpus, tmp_path, capsys, monkeypatch):
@@ -208,12 +208,15 @@ def test_a_new_encoder_is_a_class_and_a_line(corpus, tmp_path, capsys, monkeypat
     assert 'n, 100% divided' in train.flags().format_help()
     run(corpus, tmp_path / 'run', '--regime', 'stride', '--keep_every', '8', steps=2)
     evaluation.main([str(tmp_path / 'run'), '--segments', '4'])
-    assert 'keep_every 8, scaled True | 5 | 6.4 |' in capsys.readouterr().out                                  # BOS and 4 of 32 tokens
+    assert 'keep_every 8, scaled True, bias -1.0 | 5 | 6.4 |' in capsys.readouterr().out                                  # BOS and 4 of 32 tokens
     model, _, config = load_run(tmp_path / 'run')
-    assert config['run']['settings'] == {'keep_every': 8, 'scaled': True} and not torch.equal(model.encoder.scale, torch.ones(128))
+    assert config['run']['settings'] == {'keep_every': 8, 'scaled': True, 'bias': -1.0}
+    assert not torch.equal(model.encoder.scale, torch.ones(128))
     assert 'stride.scale' in load_file(tmp_path / 'run' / 'model.safetensors')
     args = train.parse_args(['--model', str(tmp_path / 'run'), '--no-scaled', '--conv_gain', '0'])             # a setting may be 0
-    assert (args.keep_every, args.scaled, args.conv_gain) == (8, False, 0)
+    assert (args.keep_every, args.scaled, args.conv_gain, args.bias) == (8, False, 0, -1.0)
+    run(corpus, tmp_path / 'fixed', '--regime', 'stride', '--no-scaled', steps=2)                              # what an encoder froze stays so
+    assert torch.equal(load_run(tmp_path / 'fixed')[0].encoder.scale, torch.ones(128))
 
 
 class Queries(nn.Module):
