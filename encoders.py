@@ -12,9 +12,9 @@ To add an encoder, write a class with the constructor (config, context_length, *
 under its --regime. config is the decoder.DecoderConfig: config.hidden_size is D. Embeddings carry no positions, so
 attention over them sees a bag of words unless you add some. A setting is annotated as bool, int, float or str, or as
 one of them or None. It is a flag of train.py, whose help is the line "name: help" of the class's docstring. config.json
-stores the attribute of the same name if that is a number or a string, so that a default of None is stored as its
-resolved value, else the setting. Encoders may share settings, but a setting must not have the name of another flag. The
-text of an attribute `prompt` is read after the memory.
+stores for each setting the encoder's attribute of that name if it is a number or a string (then a default of None is
+stored resolved), else the value that was passed. Encoders may share settings, but a setting must not have the name of
+another flag. The text of an attribute `prompt` is read after the memory.
 
 B batch, T context tokens, M memory vectors, D decoder width, S page side in pixels, C channels, H W height and width in
 patches, h vectors a side, n heads, d head width. References: arXiv 2512.03643 (the compressors) and deepencoder.py of
