@@ -183,7 +183,7 @@ class Decoder(nn.Module):
             return F.cross_entropy(logits, t, reduction='none'), logits.argmax(dim=-1) == t
 
         # Only one chunk of half a GB of logits exists at any time: the backward pass computes them again.
-        rows = rows or 2 ** 27 // self.config.vocab_size
+        rows = rows or 2 ** 27 // self.config.vocab_size // 128 * 128                 # whole tiles of a GPU's products
         chunks = zip(hidden.flatten(0, 1).split(rows), target.flatten().split(rows))
         loss, hit = zip(*(checkpoint(losses, h, t, use_reentrant=False) for h, t in chunks))
         return torch.cat(loss).view(target.shape), torch.cat(hit).view(target.shape)

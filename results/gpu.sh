@@ -1,91 +1,126 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in the order of importance; on one H100 about half an hour. Logs go to $OUT as it goes.
+# Everything that needs a GPU, in the order of importance. Each stage is meant to take less than ten minutes on one H100.
 #
-#   OUT=gpu_logs bash results/gpu.sh right                     tests, the same numbers as on the CPU          3 minutes
-#   OUT=gpu_logs bash results/gpu.sh fast                      samples a second at full size, a profile       10 minutes
-#   OUT=gpu_logs bash results/gpu.sh evidence SMOLLM2 WIKI     twelve rows of the grid with SmolLM2-135M      15 minutes
+#   bash results/gpu.sh right                     the same text and losses as on the CPU, then the tests
+#   bash results/gpu.sh fast                      samples a second at full size, a profile, the structure of the authors' code
+#   bash results/gpu.sh more                      the other regimes and batches, and the recipe for small cards
+#   bash results/gpu.sh evidence SMOLLM2 WIKI     twelve rows of the grid with SmolLM2-135M; a second call goes on
 #
-# SMOLLM2: a folder with SmolLM2-135M (or HuggingFaceTB/SmolLM2-135M). WIKI: a corpus that was made by
-#   python data.py finewiki --model SMOLLM2 --out WIKI --context 1000 --continuation 1000 --train_segments 20000
+# A stage appends to $OUT/STAGE.txt as it goes (OUT is gpu_logs if it is not set), and the logs of its runs to STAGE.jsonl.
+# A step that fails or takes too long is noted there and stops nothing else. SMOLLM2: a folder with SmolLM2-135M, or
+# HuggingFaceTB/SmolLM2-135M. WIKI: a corpus made by
+#   python data.py finewiki --model SMOLLM2 --out WIKI --context 1000 --continuation 1000 --train_segments 6400 --val_segments 300
 set -u
-out=${OUT:-gpu_logs}; mkdir -p "$out"; work=$(mktemp -d)
-log() { name=$1; shift; echo "\$ $*" | tee "$out/$name.txt"; "$@" 2>&1 | tail -40 | tee -a "$out/$name.txt"; }
-losses() { cut -d, -f1-3 "$1/log.jsonl" > "$2"; }
+stage=${1:?right, fast, more or evidence}; shift
+out=${OUT:-gpu_logs}; work=${WORK:-/tmp/readback_gpu}; device=${DEVICE:-cuda}; mkdir -p "$out" "$work"
+log=$out/$stage.txt
+export PYTHONUNBUFFERED=1 TQDM_DISABLE=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+trap 'tail -c 11000 "$log"' EXIT
+
+step() {                       # seconds, command
+  local limit=$1 start=$SECONDS; shift
+  echo "\$ $*" >> "$log"
+  timeout -k 15 "$limit" "$@" >> "$log" 2>&1
+  echo "(exit code $?, $((SECONDS - start)) s)" >> "$log"
+}
+keep() { sed "s/^{/{\"run\": \"$1\", /" "$work/$1/log.jsonl" >> "$out/$stage.jsonl"; }     # the log of a run
 
 right() {
-  nvidia-smi | tee "$out/nvidia-smi.txt"
-  log test_cuda python -m pytest -q tests/test_cuda.py
-  log tests python -m pytest -q -n 8
+  step 20 nvidia-smi
   echo 'The same page, read by the CPU and by the GPU.' > "$work/note.txt"
-  python render.py "$work/note.txt" --size 256 --out "$work/page.png"
-  for d in cpu cuda; do log read_$d python eval.py --model results/reader --image "$work/page.png" --device $d; done
-  for d in cpu cuda; do
-    log default_$d python train.py --device $d --steps 100 --log_steps 1 --no-compile --output_dir "$work/$d"
-    losses "$work/$d" "$out/losses_$d.txt"
+  step 60 python3 render.py "$work/note.txt" --size 256 --out "$work/page.png"
+  for d in cpu "$device"; do
+    step 90 python3 eval.py --model results/reader --image "$work/page.png" --max_new_tokens 200 --device "$d"
   done
+  # The same first weights on both: each device draws its own random numbers.
+  step 60 python3 -c "
+from load_deepseek import load, released_tensors, save
+model, _, config = load('tiny', 'meanpool', 128)
+save(released_tensors(model, 'meanpool'), config, '$work/initial')"
+  for d in cpu "$device"; do
+    step 120 python3 train.py --model "$work/initial" --context 128 --continuation 128 --device "$d" --steps 100 --log_steps 1 \
+      --no-compile --learning_rate 3e-3 --beta2 0.95 --gradient_accumulation_steps 1 --save_steps 0 --output_dir "$work/$d"
+    keep "$d"
+  done
+  step 240 python3 -m pytest -q tests/test_cuda.py
+  step 200 env CUDA_VISIBLE_DEVICES= python3 -m pytest -q -n 8
 }
 
-bench() {                      # name, then flags: 20 steps at full size, 1000 + 1000 tokens, 48 segments a step
-  name=$1; shift
-  log "bench_$name" timeout 300 python train.py --model full --data "$work/corpus" --steps 20 --log_steps 5 --save_steps 0 \
-    --eval_segments 8 --output_dir "$work/$name" "$@"
-  cp "$work/$name/log.jsonl" "$out/bench_$name.jsonl" 2>/dev/null   # tokens_per_s / 1000 = samples a second; gpu memory
+bench() {                      # name, flags: ten steps at full size, 1000 + 1000 tokens, 48 segments a step
+  local name=$1; shift
+  step 170 python3 train.py --model full --data "$work/corpus" --device "$device" --steps 10 --log_steps 5 --save_steps 0 \
+    --output_dir "$work/$name" "$@"
+  keep "$name"                 # tokens_per_s / 1000 is samples a second; gib is the peak of the memory
+}
+
+corpus() {                     # the full preset takes bytes as tokens: for speed, any ids are as good
+  [ -d "$work/corpus" ] && return
+  python3 -c "
+import random
+from pathlib import Path
+words = [''.join(random.choices('abcdefghijklmnopqrstuvwxyz', k=random.randint(2, 9))) for _ in range(5000)]
+Path('$work/texts').mkdir(exist_ok=True)
+for i in range(200):
+    Path('$work/texts', f'{i}.txt').write_text(' '.join(random.choices(words, k=8000)))"
+  step 60 python3 data.py "$work/texts" --out "$work/corpus" --train_segments 2000 --val_segments 16
 }
 
 fast() {
-  python - "$work/texts" <<'PY'
-import random, sys
-from pathlib import Path
-random.seed(0)
-words = [''.join(random.choices('abcdefghijklmnopqrstuvwxyz', k=random.randint(2, 9))) for _ in range(5000)]
-folder = Path(sys.argv[1]); folder.mkdir()
-for i in range(200):
-    (folder / f'{i}.txt').write_text(' '.join(random.choices(words, k=8000)))
-PY
-  # The full preset takes bytes as tokens: for speed any ids are as good.
-  python data.py "$work/texts" --out "$work/corpus" --context 1000 --continuation 1000 --train_segments 2000
-  log authors python tests/benchmark_step.py cuda
-  for b in 8 16 24; do bench meanpool_$b --batch_size $b --gradient_accumulation_steps $((48 / b)); done
-  bench meanpool_plain --no-compile
-  bench vision_small --regime vision --vision_mode small --batch_size 16 --gradient_accumulation_steps 3
-  bench vision_plain --regime vision --vision_mode small --no-compile
-  bench conv125 --regime conv1d_residual --compression_target 125 --batch_size 16 --gradient_accumulation_steps 3
-  bench text --regime text --batch_size 16 --gradient_accumulation_steps 3
-  bench small_card --weights bf16 --optimizer adafactor --grad_checkpoint --batch_size 1 --gradient_accumulation_steps 48
-  log profile python - "$work/corpus" <<'PY'
-import sys, torch
-sys.path.insert(0, '.')
+  corpus
+  bench meanpool_8
+  step 120 python3 -c "
+import torch
 from data import Batches
 from load_deepseek import load
 from train import flags, make_optimizer, train_step
-device = torch.device('cuda')
+device = torch.device('$device')
 model, tokenizer, _ = load('full', 'meanpool', 1000, device=device)
-optimizer = make_optimizer(model, 1e-4, flags().parse_args([]))
-batches = Batches(sys.argv[1], 'train', 16, tokenizer)
-for _ in range(3):
-    train_step(model, optimizer, [batches[0]], 1.0, 1.0, device)
-with torch.profiler.profile(activities=list(torch.profiler.ProfilerActivity)) as profile:
-    train_step(model, optimizer, [batches[i] for i in range(3)], 1.0, 1.0, device)
-    torch.cuda.synchronize()
-print(profile.key_averages().table(sort_by='self_cuda_time_total', row_limit=15, max_name_column_width=80))
-PY
+optimizer, batches = make_optimizer(model, 1e-4, flags().parse_args([])), Batches('$work/corpus', 'train', 8, tokenizer)
+forward = torch.compile(model, dynamic=False)
+step = lambda: train_step(forward, optimizer, [batches[i] for i in range(6)], 1.0, 1.0, device)
+step(), step()
+with torch.profiler.profile() as profile:
+    print(step())
+print(profile.key_averages().table(sort_by='self_device_time_total', row_limit=15, max_name_column_width=80))"
+  step 120 python3 tests/benchmark_step.py "$device"
+  bench meanpool_24_bf16 --weights bf16 --batch_size 24 --gradient_accumulation_steps 2
+  bench meanpool_8_plain --no-compile
 }
 
-row() {                        # name, model, then flags: reconstruction, or language modelling from it
-  name=$1; model=$2; shift 2
-  log "row_$name" python train.py --model "$model" --data "$wiki" --steps 400 --batch_size 16 --gradient_accumulation_steps 1 \
-    --learning_rate 3e-4 --eval_steps 200 --output_dir "$work/$name" "$@"
-  cp "$work/$name/log.jsonl" "$out/row_$name.jsonl" 2>/dev/null
+more() {
+  corpus
+  bench conv125 --regime conv1d_residual --compression_target 125
+  bench vision_small_4 --regime vision --vision_mode small --batch_size 4 --gradient_accumulation_steps 12 --no-compile
+  bench text_6 --regime text --batch_size 6 --gradient_accumulation_steps 8
+  bench small_card --weights bf16 --optimizer adafactor --grad_checkpoint --batch_size 1 --gradient_accumulation_steps 48 --steps 5
+  bench vision_small_4_compiled --regime vision --vision_mode small --batch_size 4 --gradient_accumulation_steps 12
+  # With 80 GB a micro-batch has 8 segments: 16 are estimated to take 88 GB, 24 take 104.
+  [ "$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -1)" -gt 100000 ] || return
+  for b in 16 24; do bench meanpool_$b --batch_size $b --gradient_accumulation_steps $((48 / b)); done
 }
 
-evidence() {
+row() {                        # name, model, flags: reconstruction, or language modelling from it; nothing if it is done
+  local name=$1 model=$2; shift 2
+  [ -e "$work/$name/done" ] && return
+  rm -rf "${work:?}/$name"
+  timeout -k 15 300 python3 train.py --model "$model" --data "$wiki" --device "$device" --steps "${STEPS:-400}" --batch_size 16 \
+    --gradient_accumulation_steps 1 --learning_rate 3e-4 --eval_steps 200 --no-compile --output_dir "$work/$name" "$@" \
+    > "$work/$name.txt" 2>&1 && touch "$work/$name/done"
+  { echo "\$ row $name $model $*"; tail -n 12 "$work/$name.txt"; } >> "$log"
+  keep "$name"
+}
+
+evidence() {                   # three rows at a time
   smollm2=$1; wiki=$2
-  row none "$smollm2" --regime text --text_context_tokens 0
-  for n in 1000 252 65 0; do row lm_text$n "$work/none" --objective lm --text_context_tokens $n; done
-  for w in 4 16; do row meanpool$w "$smollm2" --regime meanpool --compression_window_size $w; done
-  for m in 250 63; do row conv$m "$smollm2" --regime conv1d_residual --compression_target $m; done
-  for name in meanpool4 meanpool16 conv250 conv63; do row lm_$name "$work/$name" --objective lm; done
-  log table python eval.py "$work"/none "$work"/meanpool* "$work"/conv* "$work"/lm_* --generate 0 --device cuda
+  row none "$smollm2" --regime text --text_context_tokens 0 &
+  row meanpool4 "$smollm2" --regime meanpool --compression_window_size 4 &
+  row conv250 "$smollm2" --regime conv1d_residual --conv_gain 0 --compression_target 250 & wait
+  for n in 0 1000 252; do row lm_text$n "$work/none" --objective lm --text_context_tokens $n & done; wait
+  for name in meanpool4 conv250; do row lm_$name "$work/$name" --objective lm & done
+  row lm_text65 "$work/none" --objective lm --text_context_tokens 65 & wait
+  row meanpool16 "$smollm2" --regime meanpool --compression_window_size 16 &
+  row conv63 "$smollm2" --regime conv1d_residual --conv_gain 0 --compression_target 63 & wait
+  for name in meanpool16 conv63; do row lm_$name "$work/$name" --objective lm & done; wait
 }
 
-"$@"
+"$stage" "$@"

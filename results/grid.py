@@ -23,6 +23,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from safetensors import safe_open
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ('--batch_size 8 --gradient_accumulation_steps 1 --beta2 0.95 --log_steps 20 --eval_steps 200 '
           '--eval_segments 250 --save_steps 200')
@@ -67,13 +69,13 @@ def run(args, folder, row):
     name, start, flags = row
     out = folder / name
 
-    def ended():
-        log = (out / 'log.jsonl').read_text().splitlines() if (out / 'log.jsonl').exists() else ['{"step": 0}']
-        return json.loads(log[-1])['step'] >= args.steps and 'val_loss' in log[-1]
+    def ended():               # the weights are saved last
+        weights = out / 'model.safetensors'
+        return weights.exists() and int(safe_open(weights, 'pt').metadata()['step']) >= args.steps
     if ended():
         return
     model = folder / start if start else ROOT / 'results' / 'reader'
-    command = ['--resume'] if (out / 'model.safetensors').exists() else [
+    command = ['--resume', '--steps', str(args.steps)] if (out / 'model.safetensors').exists() else [
         '--model', str(model), '--data', args.data, '--steps', str(args.steps), '--seed', str(args.seed),
         *SHARED.split(), *flags.split()]
     command = [sys.executable, 'train.py', '--output_dir', str(out), *command]

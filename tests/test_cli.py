@@ -55,7 +55,7 @@ def refused(capsys, main, command, message):
     ('--learning_rate -1', '--learning_rate -1.0: must be at least 0'),
     ('--max_grad_norm 0', '--max_grad_norm 0.0: must be above 0'),
     ('--device tpu', '--device tpu'),
-    ('--device cuda', '--device cuda'),
+    ('--device xpu', '--device xpu'),                        # not cuda, which the machine may have
     ('--compile', '--compile: on the CPU'),
     ('--output_dir texts/a.txt/run --steps 1 --batch_size 2', 'texts/a.txt/run'),
     ('--data nowhere.txt', 'nowhere.txt: does not exist'),
