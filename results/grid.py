@@ -92,7 +92,7 @@ def run(args, folder, row):
 def curves(folder, path):
     """Draw the validation perplexity of all runs in out/grid against steps: reconstruction, language modelling."""
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout='constrained')
+    figure, axes = plt.subplots(1, 2, figsize=(15, 5), layout='constrained')
     names = sorted({log.parent.name for log in folder.glob('seed*/*/log.jsonl')})
     for ax, title, shown in ((axes[0], 'reconstruction', [name for name in names if not name.startswith('lm_')]),
                              (axes[1], 'language modelling', [name for name in names if name.startswith('lm_')])):
@@ -106,7 +106,7 @@ def curves(folder, path):
                xlabel='steps of 8 passages; the last point is of all 2,000 held-out ones, the others of 250')
         ax.yaxis.set_major_formatter('{x:.3g}')
         ax.yaxis.set_minor_formatter('{x:.3g}')
-        ax.legend(frameon=False, fontsize=8)
+        ax.legend(frameon=False, fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=150)
 
 def main():
