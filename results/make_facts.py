@@ -1,8 +1,8 @@
 """A corpus that asks for facts: python results/make_facts.py FILE.jsonl, then data.py with --context 128 --continuation 128.
 
 Each document is 256 bytes: words that mean nothing, but for two pairs like "K=27" in its first half, which come back in the second.
-Who has the whole context can copy them, who has the end of it cannot; and as the words between are as hard for both, perplexity
-hardly tells the two apart.
+Who has the whole context can copy them, who has the end of it cannot; and as the words between are as hard for both, their
+perplexities differ much less than their losses on the pairs.
 """
 import json
 import random
