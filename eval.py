@@ -56,7 +56,7 @@ def evaluate(model, batches, device, workers=0, rank=0, world=1, progress=False,
         with autocast(device):
             losses, hits, _ = model(to_device(batch, device))
         where = mask(batch).to(device) if mask else torch.ones_like(hits)
-        lost = batch['lost'].sum() if 'lost' in batch else 0
+        lost = batch['lost'].sum() if 'lost' in batch else 0                    # below, .cpu(): MPS has no float64
         sums += torch.tensor([losses[where].cpu().double().sum(), hits[where].sum(), lost, where.sum(), len(hits)])
     if world > 1:
         sums = sums.to(device)
@@ -177,8 +177,8 @@ def row_of(folder, args, device):
     page = {k: v for k in ('font', 'font_size', 'line_spacing') if image_size and (v := getattr(args, k))}
     batches = Batches(data, 'val', args.batch_size, tokenizer, image_size, limit=args.segments, **page)
     result = evaluate(model, batches, device, args.workers, progress=True)
-    rows = ({name: x[:args.generate] for name, x in batches[n].items()} for n in range(len(batches)))
-    texts = list(islice((pair for batch in rows for pair in passages(model, batch, tokenizer, device)), args.generate))
+    parts = ({name: x[:args.generate] for name, x in batches[n].items()} for n in range(len(batches)))
+    texts = list(islice((pair for part in parts for pair in passages(model, part, tokenizer, device)), args.generate))
     if len(texts) < args.generate:
         print(f'{folder}: only {len(texts)} passages, as there are no more segments', file=sys.stderr)
     cer = sum(edit_distance(*pair) for pair in texts) / max(sum(len(original) for original, _ in texts), 1)
@@ -196,7 +196,7 @@ def row_of(folder, args, device):
         'CER': round(cer, 3) if len(texts) >= 16 and objective == 'reconstruction' else None,
         'not drawn': round(result['lost'], 3) if image_size else None,
         'KV saved': kv_bytes * (T + 1 - positions), 'ms': round(ms, 2),
-        'args': {**flags, 'model': Path(flags.get('model', '')).name, 'data': data, **dict.fromkeys(   # alike for all:
+        'args': {**flags, 'model': Path(flags.get('model', '')).name, 'data': data, **dict.fromkeys(  # not compared:
             'regime seed workers device compile log_steps eval_steps eval_segments save_steps'.split())}}, texts
 
 def main(argv=None):

@@ -62,7 +62,7 @@ def flags():
         setting, text = settings_of(encoder)[name], re.search(rf'\b{name}: (.*)|$', encoder.__doc__ or '')[1]
         text = f'{encoder.__name__}: {text}' + f' (default: {setting.default})' * (setting.default not in (None, ''))
         kind = getattr(setting.annotation, '__args__', [setting.annotation])[0]             # of int | None it is int
-        add(name, kind, None, text.replace('%', '%%') + '%(default).0s')      # hide the flag's own None
+        add(name, kind, None, text.replace('%', '%%') + '%(default).0s')                    # hide the flag's own None
     add('steps', int, None, 'optimiser steps; None: one epoch')
     add('batch_size', int, 8, 'segments in a micro-batch')
     add('gradient_accumulation_steps', int, 6, 'micro-batches in a step, over all processes')
@@ -273,7 +273,7 @@ def main(argv=None):
     # ---- the end
     if world > 1:
         torch.distributed.barrier()                               # until rank 0 has saved
-        time.sleep(1)           # gloo's threads need a lock to free tensors; its destructor holds it and waits for them
+        time.sleep(1)          # gloo's threads need Python's lock to end; DDP's destructor holds it and waits for them
         torch.distributed.destroy_process_group()
     if rank == 0 and not last:
         print(f'stopped at step {step}' + '; continue with --resume' * bool(args.save_steps))

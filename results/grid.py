@@ -57,8 +57,9 @@ def rows():
         if first == 0:
             second += [(f'lm_last_{n}', 'none', lm('text', n)) for n in (0, 128)]
             second += [(f'lm_reader_last_{n}', None, lm('text', n, '3e-4')) for n in (kept, 0)]
-            second += [(f'lm_reader_{regime}_{value}{more}', None, lm(regime, value, '3e-4') + flag)
-                       for more, flag in (('', ''), ('_hybrid', f' --hybrid_text_tokens {kept}')) for regime, value in wave]
+            for more, flag in (('', ''), ('_hybrid', f' --hybrid_text_tokens {kept}')):
+                second += [(f'lm_reader_{regime}_{value}{more}', None, lm(regime, value, '3e-4') + flag)
+                           for regime, value in wave]
         for regime, value in wave:
             name = f'{regime}_{value}'
             second += [(f'lm_{name}_off', name, lm('text', 0, REGIMES[regime][1])),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import GOLDENS, golden_model
 from encoders import ENCODERS
-from load_deepseek import load, load_run, main, read_json, released_tensors, save, sizes_from
+from load_deepseek import PRESETS, load, load_run, main, read_json, released_tensors, save, sizes_from, tokenizer_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from decoder import Autoencoder, Decoder, DecoderConfig
@@ -56,6 +56,12 @@ def test_export_is_the_released_checkpoint(released, tmp_path):
     assert (tmp_path / 'ocr' / 'tokenizer.json').exists()
     with pytest.raises(ValueError, match='exists already'):
         main([str(tmp_path / 'run'), '--export', str(tmp_path / 'ocr')])
+
+
+def test_a_run_of_a_preset_finds_its_tokenizer(tmp_path):
+    for name, config in PRESETS.items():
+        (tmp_path / 'config.json').write_text(json.dumps(config), encoding='utf-8')
+        assert tokenizer_of(str(tmp_path)).n_vocab == tokenizer_of(name).n_vocab == 259
 
 
 def test_full_size_names_and_shapes():

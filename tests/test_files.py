@@ -350,6 +350,16 @@ def row(regime, ratio, ppl, objective='lm', data='c', **flags):
             'setting': '', 'run': '', 'args': {'steps': 5, 'hybrid_text_tokens': 0, 'learning_rate': 1e-4, 'data': f'corpora/{data}', **flags}}
 
 
+def test_the_whole_context_is_text_and_no_page_of_as_many_positions(monkeypatch, tmp_path):
+    from matplotlib.axes import Axes
+    lines = []
+    monkeypatch.setattr(Axes, 'axhline', lambda self, y, **options: lines.append(options['label']))
+    drawn(monkeypatch, tmp_path, [row('vision', 1, 5.0) | {'KV saved': 0}, row('text', 1, 4.0) | {'KV saved': 0}, row('text', 9, 6.0)])
+    assert lines == ['whole context 4']
+    drawn(monkeypatch, tmp_path, [row('vision', 1, 5.0) | {'KV saved': 0}, row('text', 9, 6.0)])
+    assert lines == ['whole context 4']
+
+
 def test_only_runs_that_differ_in_nothing_but_the_seed_are_averaged(monkeypatch, tmp_path):
     rows = [row('meanpool', 4, 10.0), row('meanpool', 4, 12.0), row('meanpool', 8, 20.0), row('text', 4, 14.0), row('meanpool', 4, 30.0, data='d'),
             row('meanpool', 4, 40.0, 'reconstruction')]
