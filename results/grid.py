@@ -53,17 +53,15 @@ def rows():
         yield ([('none', None, flags('text', 0, '1e-3'))] if first == 0 else []) + [
             (f'{regime}_{value}', None, flags(regime, value, REGIMES[regime][0])) for regime, value in wave]
         second = [(f'lm_{regime}_{value}', f'{regime}_{value}', lm(regime, value)) for regime, value in wave]
-        second += [(f'lm_last_{kept}', 'none', lm('text', kept))]
-        if first == 0:
-            second += [(f'lm_last_{n}', 'none', lm('text', n)) for n in (0, 128)]
-            second += [(f'lm_reader_last_{n}', None, lm('text', n, '3e-4')) for n in (kept, 0)]
-            for more, flag in (('', ''), ('_hybrid', f' --hybrid_text_tokens {kept}')):
-                second += [(f'lm_reader_{regime}_{value}{more}', None, lm(regime, value, '3e-4') + flag)
-                           for regime, value in wave]
+        lengths = [kept] + ([0, 128] if first == 0 else [])
+        second += [(f'lm_last_{n}', 'none', lm('text', n)) for n in lengths]
+        second += [(f'lm_reader_last_{n}', None, lm('text', n, '3e-4')) for n in lengths]
         for regime, value in wave:
-            name = f'{regime}_{value}'
-            second += [(f'lm_{name}_off', name, lm('text', 0, REGIMES[regime][1])),
-                       (f'lm_{name}_hybrid', name, f'{lm(regime, value)} --hybrid_text_tokens {kept}')]
+            name, hybrid = f'{regime}_{value}', f' --hybrid_text_tokens {kept}'
+            second += [(f'lm_reader_{name}', None, lm(regime, value, '3e-4')),
+                       (f'lm_reader_{name}_hybrid', None, lm(regime, value, '3e-4') + hybrid),
+                       (f'lm_{name}_off', name, lm('text', 0, REGIMES[regime][1])),
+                       (f'lm_{name}_hybrid', name, lm(regime, value) + hybrid)]
         yield second
 
 def run(args, folder, row):
