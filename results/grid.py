@@ -4,8 +4,7 @@ The paper's comparison at laptop scale: every regime from results/reader, recons
     python data.py finewiki --out wiki --context 128 --continuation 128 --train_segments 200000 --val_segments 2000
     python results/grid.py wiki out/grid --workers 2               a night on two CPU cores; start it again to go on
     python results/grid.py wiki out/grid --workers 2 --seed 1      the same rows with another seed, in out/grid/seed1
-    python results/grid.py wiki out/grid --curves curves.png       validation perplexity against steps, from the logs
-    python eval.py out/grid/seed*/* --generate 0 --plot grid.png   the table and the picture
+    python results/grid_report.py out/grid                         the tables and the pictures, from the logs
 
 Each row is one run of train.py. All rows see the same number of segments, none of them twice. Language modelling starts
 from the reconstruction run of its row, so every decoder has had two stages. Truncation keeps as many tokens as the
@@ -16,7 +15,6 @@ the memory. Convolutions start as mean pooling (--conv_gain 0): started as in th
 200 to 800 steps at any rate tried (results/grid/tries.txt).
 """
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -88,26 +86,6 @@ def run(args, folder, row):
     for optimizer in out.glob('Ada*.pt'):                     # 45 MB that a finished run does not need
         optimizer.unlink()
 
-def curves(folder, path):
-    """Draw the validation perplexity of all runs in out/grid against steps: reconstruction, language modelling."""
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(15, 5), layout='constrained')
-    names = sorted({log.parent.name for log in folder.glob('seed*/*/log.jsonl')})
-    for ax, title, shown in ((axes[0], 'reconstruction', [name for name in names if not name.startswith('lm_')]),
-                             (axes[1], 'language modelling', [name for name in names if name.startswith('lm_')])):
-        for i, name in enumerate(shown):
-            for log in sorted(folder.glob(f'seed*/{name}/log.jsonl')):
-                lines = [line for line in map(json.loads, log.read_text().splitlines()) if 'val_ppl' in line]
-                ax.plot([line['step'] for line in lines], [line['val_ppl'] for line in lines], marker='.', lw=1,
-                        color=f'C{i % 10}', ls=('-', '--')[i // 10 % 2],
-                        label=name if log.parts[-3] == 'seed0' else None)
-        ax.set(title=title, yscale='log', ylabel='perplexity of held-out text',
-               xlabel='steps of 8 passages; the last point is of all 2,000 held-out ones, the others of 250')
-        ax.yaxis.set_major_formatter('{x:.3g}')
-        ax.yaxis.set_minor_formatter('{x:.3g}')
-        ax.legend(frameon=False, fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=150)
-
 def main():
     parser = argparse.ArgumentParser(description='Train every row of the comparison.')
     parser.add_argument('data', help='corpus of 128 + 128 bytes a segment, made by data.py')
@@ -116,10 +94,7 @@ def main():
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--workers', type=int, default=1, help='runs at a time, one thread each')
     parser.add_argument('--rows', nargs='+', help='only these, such as meanpool_8 lm_meanpool_8 (default: all)')
-    parser.add_argument('--curves', metavar='PNG', help='train nothing; draw what is there')
     args = parser.parse_args()
-    if args.curves:
-        return curves(Path(args.out), args.curves)
     args.data, folder = str(Path(args.data).resolve()), Path(args.out).resolve() / f'seed{args.seed}'
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(args.workers) as pool:

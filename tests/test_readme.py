@@ -79,6 +79,14 @@ def test_flags(capsys):
                 assert not unknown, (name, rest)
 
 
+def test_the_tables_of_the_comparison_are_those_of_its_logs(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / 'results')
+    import grid_report
+    text = (ROOT / 'results' / 'README.md').read_text(encoding='utf-8').splitlines()
+    lines = list(grid_report.tables(grid_report.read_logs(ROOT / 'results' / 'grid')))
+    assert len(lines) > 20 and not [line for line in lines if line not in text]
+
+
 def test_links():
     for target in re.findall(r'\]\(([^)#]+)\)|src="([^"]+)"', README):
         target = ''.join(target)
