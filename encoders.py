@@ -79,12 +79,13 @@ class ResidualBlock(nn.Module):
     """y = gelu(norm(conv_2(gelu(norm(conv_1(x))))) + pool(x)): (B, D, L) -> (B, D, ceil(L / 2)); conv_2 has stride 2.
     GroupNorm with one group: its mean and variance are those of all channels and positions."""
 
-    def __init__(self, dim, kernel):
+    def __init__(self, dim, kernel, gain):
         super().__init__()
         self.conv1 = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, bias=False)
         self.norm1 = nn.GroupNorm(1, dim)
         self.conv2 = nn.Conv1d(dim, dim, 3, stride=2, padding=1, bias=False)
         self.norm2 = nn.GroupNorm(1, dim)
+        nn.init.constant_(self.norm2.weight, gain)
 
     def forward(self, x):
         y = self.norm2(self.conv2(F.gelu(self.norm1(self.conv1(x)))))
@@ -106,10 +107,8 @@ class Conv1dResidual(nn.Module):
             raise ValueError(f'compression_target {compression_target} is not one of {chain}: blocks halve the length')
         if conv_kernel % 2 == 0 or conv_kernel < 1:
             raise ValueError(f'conv_kernel {conv_kernel} is not an odd positive number')
-        blocks = chain.index(self.compression_target)
-        self.pyramid = nn.Sequential(*(ResidualBlock(config.hidden_size, conv_kernel) for _ in range(blocks)))
-        for block in self.pyramid:
-            nn.init.constant_(block.norm2.weight, conv_gain)
+        n = chain.index(self.compression_target)
+        self.pyramid = nn.Sequential(*(ResidualBlock(config.hidden_size, conv_kernel, conv_gain) for _ in range(n)))
         self.separator = learned(config.hidden_size)
 
     def forward(self, batch, embed):

@@ -16,7 +16,7 @@ import argparse
 import struct
 import sys
 from contextlib import suppress
-from itertools import islice
+from itertools import islice, takewhile
 from math import exp
 from pathlib import Path
 
@@ -67,8 +67,8 @@ def evaluate(model, batches, device, workers=0, rank=0, world=1, progress=False,
 
 def text_of(ids, tokenizer, eos=()):
     """Token ids as text, up to the first id in `eos`; ids outside the vocabulary are dropped."""
-    end = next((i for i, token in enumerate(ids) if token in eos), len(ids))
-    return tokenizer.decode([i for i in ids[:end] if i < tokenizer.n_vocab])
+    ids = takewhile(lambda i: i not in eos, ids)
+    return tokenizer.decode([i for i in ids if i < tokenizer.n_vocab])
 
 def passages(model, batch, tokenizer, device, length=None):
     """For each row of a batch, the target (its first `length` tokens) and what the model generates: [(text, text)]."""
@@ -111,10 +111,9 @@ def plot(rows, path):
     figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False, layout='constrained')
     for ax, panel in zip(axes[0], panels):
         points = [row for row in rows if place(row)[:2] == panel]
-        for i, name in enumerate(labels):                         # in the same colour in all panels
-            if not (runs := [(row['ratio'], row['PPL']) for row in points if label(row) == name]):
-                continue
-            x, y = np.array(runs).T
+        for name in dict.fromkeys(map(label, points)):
+            i = labels.index(name)                                # of its colour, the same in all panels
+            x, y = np.array([(row['ratio'], row['PPL']) for row in points if label(row) == name]).T
             means = [(ratio, y[x == ratio].mean()) for ratio in np.unique(x)]
             ax.plot(x, y, 'o', color=f'C{i}', label=name)
             ax.plot(*zip(*means), color=f'C{i}')
@@ -144,8 +143,7 @@ def open_image(path):
         check(image.mode not in ('I', 'F'), f'mode {image.mode} has no fixed range; convert it to 8 bits')
         if image.mode.startswith('I;16'):
             image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
-        image = image.convert('RGBA')
-        return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
+        return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA')).convert('RGB')
 
 def read_page(args, device):
     """Print what DeepSeek-OCR reads in an image, which is preprocessed as in the original. Raises ValueError."""

@@ -154,9 +154,8 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
     """Build an Autoencoder from a preset, a folder or a hub id -> model, tokenizer, config with these choices as "run".
     context: tokens in a segment. settings: keywords of the encoder's class; None is its default. An encoder that the
     checkpoint does not have starts from random weights. Raises ValueError or OSError for what does not exist or fit."""
-    folder = None if source in PRESETS else fetch(source)
-    config = read_json(folder / 'config.json') if folder else copy.deepcopy(PRESETS[source])
-    stored = open_tensors(folder) if folder else {}
+    config = copy.deepcopy(PRESETS[source]) if source in PRESETS else read_json(fetch(source) / 'config.json')
+    stored = {} if source in PRESETS else open_tensors(fetch(source))
     run, known = config.get('run', {}), settings_of(ENCODERS[regime])
     settings = {name: value for name, value in settings.items() if value is not None}
     for name in settings.keys() - known.keys():

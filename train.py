@@ -101,7 +101,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     check_numbers({name: value for name, value in vars(args).items() if name not in encoder_flags()},
                   'hybrid_text_tokens learning_rate encoder_lr weight_decay beta2 warmup_ratio workers seed save_steps')
-    check(args.warmup_ratio <= 1 > args.beta2, '--warmup_ratio must be at most 1, --beta2 below 1')
+    check(args.warmup_ratio <= 1 and args.beta2 < 1, '--warmup_ratio must be at most 1, --beta2 below 1')
     check(args.seed < 2 ** 63, f'--seed {args.seed}: must be below 2^63')
     if args.resume:
         was = {**run['args'], **run['settings']}
@@ -267,7 +267,7 @@ def main(argv=None):
         if rank == 0 and args.save_steps and (due(args.save_steps) or stop):
             save_run(out, step, model, optimizer, config, None if args.resume or source in PRESETS else fetch(source))
         clock = time.time()                                       # the reported speed is that of training alone
-        if stop and not last:
+        if stop:
             break
 
     # ---- the end
