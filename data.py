@@ -13,7 +13,6 @@ made: 510,000 segments of 2,000 tokens take 4.1 GB on disk, their pages as PNG 8
 import argparse
 import hashlib
 import json
-import math
 import re
 import signal
 import tempfile
@@ -49,7 +48,7 @@ def find_files(source):
 
 def records(path, wanted, lone, skip):
     """Yield the records of a file as dicts. A text file is one record, {'text': ...}; the `lone` one is cut into about
-    ten or more, as the split has two sides. skip(where, why) is called for what cannot be read. Raises ValueError."""
+    ten or more, as the split has two sides. What cannot be read goes to skip(where, why). Raises ValueError."""
     if path.suffix.lower() == '.parquet':
         import pyarrow.parquet
         with explain(f'{path}: cannot be read'):
@@ -67,7 +66,8 @@ def records(path, wanted, lone, skip):
                     record = json.loads(line.decode('utf-8-sig'))
                     yield record if isinstance(record, dict) else {}
                 except (ValueError, RecursionError) as e:
-                    skip(f'{path}, record {number}', 'not UTF-8' if isinstance(e, UnicodeDecodeError) else 'not JSON')
+                    why = 'not UTF-8' if isinstance(e, UnicodeDecodeError) else 'not JSON'
+                    yield skip(f'{path}, record {number}', why)               # None, so that the next has its number
     else:
         try:
             text = read_text(path)
@@ -86,12 +86,13 @@ def documents(source, field, skip):
     for path in find_files(source):
         rows = records(path, field or 'text', path == Path(source), skip)
         head = list(islice(rows, 100))
-        size = lambda name: sum(len(row[name]) for row in head if isinstance(row.get(name), str))
-        name = field or ('text' if size('text') else max(dict.fromkeys(['text', *chain(*head)]), key=size))
+        found = [row for row in head if row]
+        size = lambda name: sum(len(row[name]) for row in found if isinstance(row.get(name), str))
+        name = field or ('text' if size('text') else max(dict.fromkeys(['text', *chain(*found)]), key=size))
         for number, row in enumerate(chain(head, rows), 1):
-            if isinstance(row.get(name), str):
+            if row and isinstance(row.get(name), str):
                 yield row[name], name
-            else:
+            elif row is not None:
                 skip(f'{path}, record {number}', f'without {name}')
 
 def encode(tokenizer, text):
@@ -112,8 +113,8 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
     all there are, about a tenth for validation, in whole documents. Raises ValueError or OSError."""
     out, length, counts = Path(out), context + continuation, Counter(train=0, val=0)
     dtype = 'uint16' if tokenizer.n_vocab <= 2 ** 16 else 'uint32'
-    ninth = -(-train_segments // 9) if train_segments else math.inf           # of training, so a tenth of the total
-    limit = {'train': train_segments or math.inf, 'val': val_segments or ninth}
+    ninth = -(-train_segments // 9) if train_segments else np.inf             # of training, so a tenth of the total
+    limit = {'train': train_segments or np.inf, 'val': val_segments or ninth}
     share = limit['val'] / sum(limit.values()) if train_segments else 0.1
 
     def skip(where, why):
@@ -141,8 +142,11 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
         meta = {'source': str(source), 'tokenizer': fingerprint(tokenizer), 'context': context,
                 'continuation': continuation, 'dtype': dtype, **counts}
         (folder / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
-        if not out.exists():                   # unless another process was faster, with the same result
+        try:
             folder.replace(out)
+        except OSError:
+            if not out.exists():               # if it does, another process was faster, with the same result
+                raise
     print(f'{out}: {report}')
 
 def corpus_of(source, tokenizer, context, continuation):

@@ -461,6 +461,12 @@ def test_many_records_decide_which_field_has_the_text(tmp_path, capsys):
     assert documents(tmp_path / 'b.jsonl')[:2] == ([TEXT] * 5, {'content'})                      # an empty "text" does not
 
 
+def test_a_record_that_cannot_be_read_has_a_number_of_its_own(tmp_path):
+    (tmp_path / 'a.jsonl').write_text('not json\n{"n": 1}\n\n{"text": "one"}\n[]\nnot json', encoding='utf-8')
+    assert documents(tmp_path / 'a.jsonl') == (['one'], {'text'}, [(f'{tmp_path / "a.jsonl"}, record {n}', why) for n, why in (
+        (1, 'not JSON'), (5, 'not JSON'), (2, 'without text'), (4, 'without text'))])
+
+
 def test_a_damaged_parquet_file_without_text_does_not_end_the_process(tmp_path):
     """A byte of the row group's number of rows is damaged, which makes it negative: pyarrow aborts when it is asked for no column."""
     parquet = pytest.importorskip('pyarrow.parquet')
