@@ -63,7 +63,8 @@ def table(logs, rows, columns):
 def tables(logs):
     """The lines of both tables."""
     yield from table(logs, [*MEMORIES, 'last_0'], [
-        ('reconstruction after 1,000 steps', '{}', 1000), ('after 2,000', '{}', STEPS), ('in 4,000', '{}_4000', 4000)])
+        ('reconstruction after 1,000 steps', '{}', 1000), ('after 2,000', '{}', STEPS),
+        ('in 4,000', '{}_4000', 2 * STEPS)])
     yield ''
     yield from table(logs, [*MEMORIES, *TEXTS], [
         ('language modelling, straight from the reader', LM + '{}', STEPS),
@@ -72,35 +73,42 @@ def tables(logs):
         ('second stage, without the memory', 'lm_{}_off', STEPS)])
 
 def picture(logs, path):
-    """Perplexity at the end against ratio; a dot for each seed, lines through the means over seeds."""
+    """Perplexity at the end against ratio; a dot for each seed, lines through the means over seeds, and beside them,
+    hollow, the runs with twice the steps."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout='constrained')
-    final = lambda row: [seed[STEPS] for seed in logs.get(row, {}).values() if STEPS in seed]
+    final = lambda row: [[*seed.values()][-1] for seed in logs.get(row, {}).values()]
     mean = lambda values: sum(values) / len(values)
+    text = dict(textcoords='offset points', fontsize=9)
     for ax, prefix, title, ticks in ((axes[0], '', 'reconstruction', (1, 1.5, 2, 3, 4)),
                                      (axes[1], LM, 'language modelling', (3.85, 3.9, 3.95, 4, 4.05, 4.1, 4.15))):
         for kind, name in (('meanpool', 'mean pooling'), ('vision', 'vision'), ('conv', 'convolutions'),
                            ('last', 'truncation')):
             color = plt.get_cmap(KINDS[kind][1])(0.65)
-            points = {T / positions(row): final(prefix + row) for row in [*MEMORIES, *TEXTS[1:-1]]
-                      if kind_of(row)[0] == kind and final(prefix + row)}
-            means = [mean(values) for values in points.values()]
-            ax.plot([*points], means, color=color, label=name if prefix else None)
-            for x, values in points.items():
+            rows = [row for row in [*MEMORIES, *TEXTS[1:-1]] if kind_of(row)[0] == kind and final(prefix + row)]
+            ax.plot([T / positions(row) for row in rows], [mean(final(prefix + row)) for row in rows], color=color,
+                    label=name if prefix else None)
+            for row in rows:
+                x, values, longer = T / positions(row), final(prefix + row), final(f'{prefix}{row}_{2 * STEPS}')
                 ax.plot([x] * len(values), values, 'o', color=color)
-                ax.annotate(f'{mean(values):.3g}', (x, mean(values)), ha='center', color=color, fontsize=9,
-                            xytext=(0, 6 if kind in ('meanpool', 'vision') else -15), textcoords='offset points')
-        for name, row in (('no context', 'last_0'), ('whole context', f'last_{T}')):
+                where = (0, 6) if kind in ('meanpool', 'vision') else (20, -4) if longer else (0, -15)
+                ax.annotate(f'{mean(values):.2f}', (x, mean(values)), xytext=where, **text, ha='center', color=color)
+                for y in longer:
+                    ax.plot(x, y, 'o', color=color, mfc='none')
+                    ax.annotate(f'{y:.2f}', (x, y), xytext=(20, -4), **text, ha='center', color=color)
+        for name, row, side in (('no context', 'last_0', 4), ('whole context', f'last_{T}', -13)):
             if values := final(prefix + row):
                 ax.axhline(mean(values), color='grey', ls='--', lw=1)
-                ax.annotate(f'{name} {mean(values):.3g}', (1, mean(values)), ha='right', color='grey', xytext=(-4, 4),
-                            xycoords=('axes fraction', 'data'), textcoords='offset points')
+                ax.annotate(f'{name} {mean(values):.2f}', (0, mean(values)), xytext=(4, side), **text, color='grey',
+                            xycoords=('axes fraction', 'data'))
         ax.set(title=title, xlabel='context bytes / positions before the target', xscale='log', yscale='log')
+        ax.set_xlim(1.6, 26)
         ax.set_xticks([2, 4, 8, 16], labels=[2, 4, 8, 16])
         ax.set_yticks(ticks, labels=ticks)
         ax.minorticks_off()
         ax.margins(y=0.12)
     axes[0].set_ylabel('perplexity of held-out text')
-    figure.legend(frameon=False, loc='outside lower center', ncols=4)
+    axes[1].plot([], [], 'o', color='grey', mfc='none', label='twice the steps')
+    figure.legend(frameon=False, loc='outside lower center', ncols=5)
     figure.savefig(path, dpi=150)
 
 def curves(logs, path):
