@@ -6,13 +6,14 @@ The paper's comparison at laptop scale: every regime from results/reader, recons
     python results/grid.py wiki out/grid --workers 2 --seed 1      the same rows with another seed, in out/grid/seed1
     python results/grid_report.py out/grid                         the tables and the pictures, from the logs
 
-Each row is one run of train.py. All rows see the same number of segments, none of them twice. Language modelling
-("lm_") starts from the reconstruction run of its row, so every decoder has had two stages. Truncation keeps as many
-tokens as the memory next to it has vectors. It starts from the run that had to predict the context without seeing it
-("none"). "lm_reader_" starts from the reader itself, so with one stage less. "_off" takes the memory away from the
-second stage of its row: what the first stage did to the decoder as a language model. "_hybrid" adds as many of the last
-tokens to the memory. Convolutions start as mean pooling (--conv_gain 0): started as in the paper, they had learned
-nothing after 200 to 800 steps at any rate tried (results/grid/tries.txt).
+Each row is one run of train.py. All rows see the same number of segments, none of them twice. "lm_reader_" is language
+modelling straight from the reader. "lm_" is language modelling from the reconstruction run of its row, so that every
+decoder has had two stages; truncation and no context start from the run that had to predict the context without seeing
+it ("none"). "last_17" keeps 17 tokens, as many as the 16 convolution vectors or means of the same wave with their
+separator. "_hybrid" adds as many of the last tokens to the memory. "_off" takes the memory away from the second stage
+of its row: what the first stage did to the decoder as a language model. Convolutions start as mean pooling (--conv_gain
+0): started as in the paper, they had not begun to use their memory after 200 to 800 steps at seven pairs of rates
+(results/grid/tries.txt).
 """
 import argparse
 import os

@@ -74,13 +74,15 @@ def tables(logs):
 
 def picture(logs, path):
     """Perplexity at the end against ratio; a dot for each seed, lines through the means over seeds, and beside them,
-    hollow, the runs with twice the steps."""
+    hollow, the runs with twice the steps. Vision's encoder is trained."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout='constrained')
     final = lambda row: [[*seed.values()][-1] for seed in logs.get(row, {}).values()]
     mean = lambda values: sum(values) / len(values)
     text = dict(textcoords='offset points', fontsize=9)
     for ax, prefix, title, ticks in ((axes[0], '', 'reconstruction', (1, 1.5, 2, 3, 4)),
-                                     (axes[1], LM, 'language modelling', (3.85, 3.9, 3.95, 4, 4.05, 4.1, 4.15))):
+                                     (axes[1], LM, 'language modelling, straight from the reader',
+                                      (3.85, 3.9, 3.95, 4, 4.05, 4.1, 4.15))):
+        number = '{:.3f}'.format if prefix else '{:.2f}'.format
         for kind, name in (('meanpool', 'mean pooling'), ('vision', 'vision'), ('conv', 'convolutions'),
                            ('last', 'truncation')):
             color = plt.get_cmap(KINDS[kind][1])(0.65)
@@ -91,16 +93,16 @@ def picture(logs, path):
                 x, values, longer = T / positions(row), final(prefix + row), final(f'{prefix}{row}_{2 * STEPS}')
                 ax.plot([x] * len(values), values, 'o', color=color)
                 where = (0, 6) if kind in ('meanpool', 'vision') else (20, -4) if longer else (0, -15)
-                ax.annotate(f'{mean(values):.2f}', (x, mean(values)), xytext=where, **text, ha='center', color=color)
+                ax.annotate(number(mean(values)), (x, mean(values)), xytext=where, **text, ha='center', color=color)
                 for y in longer:
                     ax.plot(x, y, 'o', color=color, mfc='none')
-                    ax.annotate(f'{y:.2f}', (x, y), xytext=(20, -4), **text, ha='center', color=color)
+                    ax.annotate(number(y), (x, y), xytext=(20, -4), **text, ha='center', color=color)
         for name, row, side in (('no context', 'last_0', 4), ('whole context', f'last_{T}', -13)):
             if values := final(prefix + row):
                 ax.axhline(mean(values), color='grey', ls='--', lw=1)
-                ax.annotate(f'{name} {mean(values):.2f}', (0, mean(values)), xytext=(4, side), **text, color='grey',
+                ax.annotate(f'{name} {number(mean(values))}', (0, mean(values)), xytext=(4, side), **text, color='grey',
                             xycoords=('axes fraction', 'data'))
-        ax.set(title=title, xlabel='context bytes / positions before the target', xscale='log', yscale='log')
+        ax.set(title=title, xlabel='ratio: context bytes / positions before the target', xscale='log', yscale='log')
         ax.set_xlim(1.6, 26)
         ax.set_xticks([2, 4, 8, 16], labels=[2, 4, 8, 16])
         ax.set_yticks(ticks, labels=ticks)
