@@ -92,7 +92,7 @@ def picture(logs, path):
             for row in rows:
                 x, values, longer = T / positions(row), final(prefix + row), final(f'{prefix}{row}_{2 * STEPS}')
                 ax.plot([x] * len(values), values, 'o', color=color)
-                where = (0, 6) if kind in ('meanpool', 'vision') else (20, -4) if longer else (0, -15)
+                where = (0, 6) if kind != 'conv' else (20, -4) if longer else (0, -15)
                 ax.annotate(number(mean(values)), (x, mean(values)), xytext=where, **text, ha='center', color=color)
                 for y in longer:
                     ax.plot(x, y, 'o', color=color, mfc='none')
