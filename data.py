@@ -47,8 +47,8 @@ def find_files(source):
     yield from paths
 
 def records(path, wanted, lone, skip):
-    """Yield the records of a file as dicts. A text file is one record, {'text': ...}; the `lone` one is cut into about
-    ten or more, as the split has two sides. What cannot be read goes to skip(where, why). Raises ValueError."""
+    """Yield the records of a file as dicts; one that cannot be read goes to skip(where, why) and is None. A text file
+    is {'text': ...}; the `lone` one is cut into ten or more, as the split has two sides. Raises ValueError."""
     if path.suffix.lower() == '.parquet':
         import pyarrow.parquet
         with explain(f'{path}: cannot be read'):
