@@ -1,246 +1,381 @@
 """
 Documents to token segments on disk, once; segments to batches, as they are needed.
 
-    python data.py SOURCE --out DIR --model deepseek-ai/DeepSeek-OCR --context 1000 --continuation 1000
+    python data.py SOURCE --out DIR --model deepseek-ai/DeepSeek-OCR --context 1000
     SOURCE: finewiki | pydoc | a file or folder of .txt .md .py .jsonl .parquet
 
-    DIR/train.bin, val.bin     token ids, uint16 or uint32, one segment of context + continuation tokens after another
-    DIR/meta.json              the source, the tokenizer, the lengths, and counts of what was used and left out
+    DIR/train.bin, val.bin     token ids, uint32, one segment of context + continuation tokens
+                               after another
+    DIR/meta.json              the tokenizer, the lengths, and counts of what is in it
 
-The segments of a document do not overlap and are all on the same side of the split. Pages are drawn when a batch is
-made: 510,000 segments of 2,000 tokens take 4.1 GB on disk, their pages as PNG 828 GB.
+About a tenth of the segments is for validation. All segments of a document are on the same side,
+and texts that come twice count once. Pages are drawn when a batch is made: 510,000 segments of
+2,000 tokens take 4.1 GB on disk, their pages as PNG 828 GB.
 """
 import argparse
 import hashlib
 import json
-import re
-import signal
+import platform
 import tempfile
-from collections import Counter
-from itertools import chain, islice
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import huggingface_hub
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from load_deepseek import read_json, tokenizer_of
-from render import check, explain, read_text, render_page, run_main
+from load_deepseek import add_flags, positive, read_json, run_main, tokenizer_of
+from render import render_page
 
-KINDS = {'.txt', '.md', '.py', '.jsonl', '.parquet'}
-# Pieces of a text, cut after a line end where there is one: a tokenizer overflows its stack on a million equal letters.
-PIECE = re.compile(r'(?s).{1,100000}(?:(?<=\n)|\Z)|.{1,100000}')
+KINDS = ('.txt', '.md', '.py', '.jsonl', '.parquet')
+FINEWIKI = 'HuggingFaceFW/finewiki'
+FORMAT = 'readback corpus, 2'
+
+# ---- documents
 
 def find_files(source):
-    """Yield the files of a source in a fixed order; those of the hub are downloaded one by one. Raises ValueError."""
+    """Yield the files of a source in a fixed order, without hidden ones; those of the hub are
+    downloaded one by one. Raises ValueError or OSError."""
     if source == 'finewiki':
-        hub = {'repo_id': 'HuggingFaceFW/finewiki', 'repo_type': 'dataset'}
-        with explain('finewiki: not found on the hub'):
-            names = huggingface_hub.HfApi().list_repo_files(**hub)
-            for name in sorted(name for name in names if re.search(r'enwiki.*\.parquet$', name)):
-                yield Path(huggingface_hub.hf_hub_download(filename=name, **hub))
+        names = huggingface_hub.HfApi().list_repo_files(FINEWIKI, repo_type='dataset')
+        for name in sorted(names):
+            if 'enwiki' in name and name.endswith('.parquet'):
+                yield Path(huggingface_hub.hf_hub_download(FINEWIKI, name, repo_type='dataset'))
         return
     root = Path(source)
-    paths = [path for path in [root, *sorted(root.rglob('*'))] if path.suffix.lower() in KINDS and path.is_file()]
-    check(paths, f'{source}: ' + (f'no {" ".join(sorted(KINDS))} files' if root.exists() else 'does not exist'))
-    yield from paths
+    if not root.exists():
+        raise ValueError(f'{source}: does not exist; --data names the text')
+    files = []
+    for path in [root, *sorted(root.rglob('*'))]:
+        is_hidden = any(part.startswith('.') for part in path.relative_to(root).parts)
+        if path.suffix.lower() in KINDS and path.is_file() and not is_hidden:
+            files.append(path)
+    if not files:
+        raise ValueError(f'{source}: no {" ".join(KINDS)} files')
+    yield from files
 
-def records(path, wanted, lone, skip):
-    """Yield the records of a file as dicts; one that cannot be read goes to skip(where, why) and is None. A text file
-    is {'text': ...}; the `lone` one is cut into ten or more, as the split has two sides. Raises ValueError."""
-    if path.suffix.lower() == '.parquet':
+def texts_of(path, field):
+    """Yield the texts of a file, None for one that cannot be read. Raises ValueError for records
+    without the field."""
+    kind = path.suffix.lower()
+    if kind == '.parquet':
         import pyarrow.parquet
-        with explain(f'{path}: cannot be read'):
-            file = pyarrow.parquet.ParquetFile(path)
-            names = [f.name for f in file.schema_arrow if re.match('(large_)?string|dict.*=string', str(f.type))]
-            if not names:                      # pyarrow may abort when it is asked for no column of a damaged file
-                yield from ({} for _ in range(file.metadata.num_rows))
-                return
-            for batch in file.iter_batches(256, columns=[wanted] if wanted in names else names):     # not images
-                yield from batch.to_pylist()
-    elif path.suffix.lower() == '.jsonl':
-        with open(path, 'rb') as file:
-            for number, line in enumerate((line for line in file if line.strip(b'\xef\xbb\xbf \t\r\n')), 1):
-                try:
-                    record = json.loads(line.decode('utf-8-sig'))
-                    yield record if isinstance(record, dict) else {}
-                except (ValueError, RecursionError) as e:
-                    why = 'not UTF-8' if isinstance(e, UnicodeDecodeError) else 'not JSON'
-                    yield skip(f'{path}, record {number}', why)               # None, so that the next has its number
+        file = pyarrow.parquet.ParquetFile(path)
+        if field not in file.schema_arrow.names:
+            raise ValueError(f'no field {field}, only {", ".join(file.schema_arrow.names)}; '
+                             'choose one with data.py --field')
+        for batch in file.iter_batches(256, columns=[field]):
+            yield from batch.column(0).to_pylist()
+    elif kind == '.jsonl':
+        for line in open(path, 'rb'):
+            line = line.strip(b'\xef\xbb\xbf \t\r\n')       # a byte-order mark, white space
+            if not line:
+                continue
+            try:
+                record = json.loads(line.decode())
+            except (ValueError, RecursionError):
+                record = None
+            if isinstance(record, dict) and field not in record:
+                raise ValueError(f'a record has no field {field}, only {", ".join(record)}; '
+                                 'choose one with data.py --field')
+            yield record[field] if isinstance(record, dict) else None
     else:
         try:
-            text = read_text(path)
-        except ValueError:
-            return skip(path, 'not UTF-8')
-        size = min(100_000, len(text) // 10 + 1) if lone else len(text) + 1
-        yield from ({'text': text[i:i + size]} for i in range(0, len(text), size))
+            text = path.read_bytes().decode('utf-8-sig')
+        except UnicodeDecodeError:
+            text = None
+        yield text
 
-def documents(source, field, skip):
-    """Yield (text, name of its field) for the documents of a source. The field is `field`, or "text", or the one with
-    most text in the first hundred records of the file. skip: see records()."""
+def documents(source, field='text'):
+    """Yield (where it is from, text) for the documents of a source, None for a text that cannot be
+    read. Raises ValueError or OSError."""
     if source == 'pydoc':
         from pydoc_data.topics import topics
-        yield from ((topics[name], 'text') for name in sorted(topics))
+        kept = []                           # the manual's topics repeat each other
+        for text in sorted(topics.values(), key=len, reverse=True):
+            body = text.split('***\n')[-1].strip()          # without its title
+            if not any(body in longer for longer in kept):
+                kept.append(text)
+                yield source, text
         return
     for path in find_files(source):
-        rows = records(path, field or 'text', path == Path(source), skip)
-        head = list(islice(rows, 100))
-        found = [row for row in head if row]
-        size = lambda name: sum(len(row[name]) for row in found if isinstance(row.get(name), str))
-        name = field or ('text' if size('text') else max(dict.fromkeys(['text', *chain(*found)]), key=size))
-        for number, row in enumerate(chain(head, rows), 1):
-            if row and isinstance(row.get(name), str):
-                yield row[name], name
-            elif row is not None:
-                skip(f'{path}, record {number}', f'without {name}')
+        try:
+            for text in texts_of(path, field):
+                # UTF-16 may pass for UTF-8, but it is full of null characters.
+                is_text = isinstance(text, str) and '\0' not in text
+                yield path, text if is_text else None
+        except (ValueError, OSError) as e:
+            raise ValueError(f'{path}: {e}') from e
+
+# ---- tokens
 
 def encode(tokenizer, text):
-    """Text to token ids (n,) uint32. A lone surrogate, which UTF-8 cannot hold, becomes '?'. Raises ValueError."""
+    """Text to token ids (n,) uint32. A lone surrogate, which UTF-8 cannot hold, becomes '?'. Raises
+    ValueError for a byte that the tokenizer lacks."""
     raw = text.encode('utf-8', errors='replace')
-    with explain(f'a text has a byte that tokenizer {tokenizer.name} has no token for'):     # tiktoken would crash
-        for byte in set(raw):
+    for byte in set(raw):
+        try:
             tokenizer.encode_single_token(bytes([byte]))
-    pieces = PIECE.findall(raw.decode('utf-8')) or ['']
-    return np.concatenate([tokenizer.encode_to_numpy(piece, disallowed_special=()) for piece in pieces])
+        except KeyError:                    # tiktoken itself would crash
+            raise ValueError(f'tokenizer {tokenizer.name} has no token for byte {byte}') from None
+    text = raw.decode('utf-8')
+    ids = [np.empty(0, np.uint32)]
+    # In pieces, since a million equal letters are too much for a tokenizer's stack.
+    for start in range(0, len(text), 100_000):
+        piece = text[start:start + 100_000]
+        ids.append(tokenizer.encode_to_numpy(piece, disallowed_special=()))
+    return np.concatenate(ids)
 
 def fingerprint(tokenizer):
-    """Identifies a tokenizer: its name and a hash of all its tokens."""
-    return f'{tokenizer.name} {hashlib.sha256(b" ".join(tokenizer.token_byte_values())).hexdigest()[:16]}'
+    """Identifies a tokenizer: its name and a hash of all its tokens and their ids."""
+    digest = hashlib.sha256()
+    for token in tokenizer.token_byte_values():
+        digest.update(f'{tokenizer.encode_single_token(token)} {token} '.encode())
+    return f'{tokenizer.name} {digest.hexdigest()[:16]}'
 
-def prepare(source, out, tokenizer, context, continuation, train_segments=None, val_segments=None, field=None):
-    """Make the corpus folder `out`, which gets its name only when it is complete. Without numbers of segments it has
-    all there are, about a tenth for validation, in whole documents. Raises ValueError or OSError."""
-    out, length, counts = Path(out), context + continuation, Counter(train=0, val=0)
-    dtype = 'uint16' if tokenizer.n_vocab <= 2 ** 16 else 'uint32'
-    ninth = -(-train_segments // 9) if train_segments else np.inf             # of training, so a tenth of the total
-    limit = {'train': train_segments or np.inf, 'val': val_segments or ninth}
-    share = limit['val'] / sum(limit.values()) if train_segments else 0.1
+# ---- a corpus
 
-    def skip(where, why):
-        counts[f'left out, {why}'] += 1
-        if counts[f'left out, {why}'] == 1:
-            tqdm.write(f'{where}: left out, {why}; any more are counted')
+def split(sizes, train_limit, val_limit, share):
+    """The sides of documents of so many segments: a list of (side, first segment, how many). A
+    document goes to validation whenever that side has less than its share."""
+    total = sum(sizes)
+    counts = {'train': 0, 'val': 0}
+    pieces = []
+    first = 0
+    for size in sizes:
+        # More than a tenth of everything is a book, no article: it may be on both sides.
+        step = max(total // 40, 1) if size > total // 10 else max(size, 1)
+        for start in range(0, size, step):
+            side, room = 'train', train_limit - counts['train']
+            if room <= 0 or counts['val'] < min(val_limit, share * sum(counts.values())):
+                side, room = 'val', val_limit - counts['val']
+            n = int(min(step, size - start, room))
+            pieces.append((side, first + start, n))
+            counts[side] += n
+        first += size
+    return pieces
+
+def repeated(val, train):
+    """Which segments of val (n, length) stand in train (m, length), at any offset: bool (n,)."""
+    text = train.tobytes()
+    segments = [row.tobytes() for row in val]
+    beginnings = {segment[:64] for segment in segments}     # most places are told apart by these
+    found = set()
+    for i in range(0, len(text), train.itemsize):
+        if text[i:i + 64] in beginnings:
+            found.add(text[i:i + len(segments[0])])
+    return np.array([segment in found for segment in segments])
+
+def prepare(source, out, tokenizer, context, continuation, train_segments=None, val_segments=None,
+            field='text'):
+    """Make the corpus folder `out`, which gets its name only when it is complete. Without numbers
+    of segments it has all there are. Raises ValueError or OSError."""
+    out = Path(out)
+    length = context + continuation
+    train_limit = train_segments or np.inf
+    val_limit = val_segments or np.inf
+    share = 0.1
+    if train_segments is not None:
+        val_limit = val_segments or (train_segments + 8) // 9       # a tenth of the total
+        share = val_limit / (train_limit + val_limit)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'{out.name}.tmp', dir=out.parent) as temporary:
         folder = Path(temporary, 'corpus')
         folder.mkdir()
-        with open(folder / 'train.bin', 'wb') as train, open(folder / 'val.bin', 'wb') as val:
-            for text, name in tqdm(documents(source, field, skip), desc=str(source), unit=' documents'):
-                ids, done = encode(tokenizer, text), counts['train'] + counts['val']
-                # A document goes to validation whenever that side has less than its share.
-                wants_val = counts['val'] < min(limit['val'], share * done) or counts['train'] >= limit['train']
-                side, file = ('val', val) if wants_val else ('train', train)
-                n = int(min(len(ids) // length, limit[side] - counts[side]))
-                file.write(ids[:n * length].astype(dtype).tobytes())
-                name = 'documents' if name == 'text' else f'documents from the field {name}'
-                counts.update({side: n, name: 1, 'documents too short': len(ids) < length})
-                if done + n == sum(limit.values()):
+
+        # all segments in one file, and how many each document has
+        sizes, total, seen = [], 0, set()
+        counts = {'documents': 0, 'seen before': 0, 'unreadable': 0}
+        with open(Path(temporary, 'all.bin'), 'wb') as file:
+            for place, text in tqdm(documents(source, field), desc=str(source), unit=' documents'):
+                if text is None:
+                    counts['unreadable'] += 1
+                    if counts['unreadable'] == 1:
+                        tqdm.write(f'{place}: left out, as it is not UTF-8 text; more are counted')
+                elif hash(text) in seen:
+                    counts['seen before'] += 1
+                else:
+                    counts['documents'] += 1
+                    seen.add(hash(text))
+                    ids = encode(tokenizer, text)
+                    n = len(ids) // length
+                    file.write(ids[:n * length].tobytes())
+                    sizes.append(n)
+                    total += n
+                if total > 1.2 * (train_limit + val_limit):         # some more, as not all may fit
                     break
-        report = ', '.join(f'{value:,} {key}' for key, value in counts.items())
-        check(counts['train'] and counts['val'], f'{source}: too short for segments of {length} tokens; found {report}')
-        meta = {'source': str(source), 'tokenizer': fingerprint(tokenizer), 'context': context,
-                'continuation': continuation, 'dtype': dtype, **counts}
+        report = ', '.join(f'{n:,} {name}' for name, n in counts.items())
+        if total < 2:
+            raise ValueError(f'{source}: too short for two segments of {length} tokens ({report})')
+
+        # the two sides
+        segments = np.memmap(Path(temporary, 'all.bin'), np.uint32).reshape(total, length)
+        rows = {'train': [], 'val': []}
+        for side, first, n in split(sizes, train_limit, val_limit, share):
+            rows[side].extend(range(first, first + n))
+        train = segments[rows['train']]
+        val = segments[rows['val']]
+        in_both = repeated(val, train)
+        if not in_both.all():               # if all are, the text is one repetition
+            val = val[~in_both]
+        train.tofile(folder / 'train.bin')
+        val.tofile(folder / 'val.bin')
+        meta = wanted_of(tokenizer, context, continuation)
+        meta |= {'source': str(source), 'train': len(train), 'val': len(val), **counts}
         (folder / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
         try:
             folder.replace(out)
         except OSError:
-            if not out.exists():               # if it does, another process was faster, with the same result
+            if not out.exists():            # if it does, another process was faster
                 raise
-    print(f'{out}: {report}')
+    print(f'{out}: {len(train):,} segments for training, {len(val):,} for validation; {report}')
+    if in_both.any():
+        what = 'kept, as all do' if in_both.all() else 'left out'
+        print(f'{in_both.sum():,} validation segments stand in the training text: {what}')
 
-def corpus_of(source, tokenizer, context, continuation):
-    """The corpus folder of a source: itself if data.py made it, else one under corpora/, made if need be, for its files
-    as they are now, the tokenizer and the lengths. Raises ValueError or OSError."""
-    if Path(source, 'meta.json').exists():
-        return source
-    files = [] if source in ('finewiki', 'pydoc') else find_files(source)
-    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    key = json.dumps([files, fingerprint(tokenizer), context, continuation])
-    folder = Path('corpora', f'{Path(source).resolve().name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}')
-    if not folder.exists():
-        prepare(source, folder, tokenizer, context, continuation)
-    return str(folder)
+def wanted_of(tokenizer, context, continuation):
+    """What meta.json says of a corpus for this tokenizer and these lengths."""
+    return {
+        'format': FORMAT,
+        'tokenizer': fingerprint(tokenizer),
+        'context': context,
+        'continuation': continuation,
+    }
 
-def open_corpus(folder, tokenizer, context=None, continuation=None):
-    """meta.json of a corpus folder. Raises ValueError if the corpus is damaged or made for something else."""
-    meta = read_json(Path(folder, 'meta.json'))
-    for name, value in (('tokenizer', fingerprint(tokenizer)), ('context', context), ('continuation', continuation)):
-        check(value in (None, meta.get(name)), f'{folder}: made for {name} {meta.get(name)}, not {value}; see --data')
+def version_of(source):
+    """What tells a source's texts of now from earlier ones: a version, or the files' times."""
+    if source == 'pydoc':
+        return platform.python_version()
+    if source == 'finewiki':
+        return huggingface_hub.HfApi().dataset_info(FINEWIKI).sha
+    return [(str(path), path.stat().st_mtime_ns) for path in find_files(source)]
+
+def open_corpus(source, tokenizer, context, continuation):
+    """The folder and the meta.json of a corpus: of `source` if data.py made that, else of one under
+    corpora/, which is made if need be. Raises ValueError or OSError."""
+    wanted = wanted_of(tokenizer, context, continuation)
+    folder = Path(source)
+    meta_path = folder / 'meta.json'
+    if not meta_path.exists() or 'format' not in read_json(meta_path):
+        version = version_of(source)
+        key = hashlib.sha256(json.dumps([wanted, version]).encode()).hexdigest()[:8]
+        name = folder.resolve().name
+        if source == 'pydoc':
+            name = f'python_{version}_manual'
+        folder = Path('corpora', f'{name}-{key}')
+        if not folder.exists():
+            prepare(source, folder, tokenizer, context, continuation)
+    meta = read_json(folder / 'meta.json')
+    for name, value in wanted.items():
+        if meta.get(name) != value:
+            raise ValueError(f'{folder}: made for {name} {meta.get(name)}, not {value}')
     for side in ('train', 'val'):
-        path, length = Path(folder, f'{side}.bin'), meta['context'] + meta['continuation']
-        size = meta[side] * length * np.dtype(meta['dtype']).itemsize
-        check(path.exists() and path.stat().st_size == size, f'{path}: missing or damaged (should have {size} bytes)')
-    return meta
+        path = folder / f'{side}.bin'
+        n_bytes = meta[side] * (context + continuation) * 4
+        if not path.exists() or path.stat().st_size != n_bytes:
+            raise ValueError(f'{path}: missing or damaged (should have {n_bytes} bytes)')
+    return folder, meta
 
-def keep_running(_):
-    """In a worker: leave Ctrl-C and SIGTERM, which reach all processes of a run, to the run itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+# ---- batches
 
-class Batches(torch.utils.data.Dataset):
-    """Item n is batch n of one side of a corpus, a function of seed and n alone: {'context': (B, T), 'continuation':
-    (B, T)} token ids, int64. With an image_size also 'image' (B, 3, S, S) uint8, each context as a page, and 'lost'
-    (B,), the share of its characters that is not on the page; `page` are keywords of render_page. Training takes a new
-    permutation each epoch. Validation is in order; with a limit it takes segments evenly from the whole."""
+@lru_cache(maxsize=4)
+def permutation(n, seed, epoch):
+    """The order of n segments in an epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
 
-    def __init__(self, folder, side, batch_size, tokenizer, image_size=None, seed=0, limit=None, **page):
-        self.folder, self.side, self.batch_size, self.seed = Path(folder), side, batch_size, seed
-        self.tokenizer, self.image_size, self.page = tokenizer, image_size, page
-        self.meta = open_corpus(folder, tokenizer)
-        self.n = min(limit or self.meta[side], self.meta[side])
+class Batches(Dataset):
+    """Item i is batch i of one side of a corpus, a function of seed and i alone:
+
+        'context', 'continuation'    (B, T) token ids, int64
+        'image'                      (B, 3, S, S) uint8, the contexts as pages, if image_size is S
+        'lost'                       (B,) the share of their characters that is not on the pages
+
+    page: keywords of render_page(). Training takes a new permutation each epoch. Validation is in
+    order; with a limit it takes segments evenly from the whole."""
+
+    def __init__(self, folder, side, batch_size, tokenizer, image_size=None, seed=0, limit=None,
+                 **page):
+        self.path = Path(folder, f'{side}.bin')
+        self.meta = read_json(Path(folder, 'meta.json'))
+        self.side = side
+        self.batch_size = batch_size
+        self.tokenizer = tokenizer
+        self.image_size = image_size
+        self.seed = seed
+        self.page = page
+        self.n = self.meta[side]
+        if limit is not None:
+            self.n = min(limit, self.n)
 
     def __len__(self):
         return -(-self.n // self.batch_size)
 
-    def rows(self, n):
-        """The segments of batch n; in training, of the infinite sequence of epochs."""
-        i = np.arange(n * self.batch_size, (n + 1) * self.batch_size)
-        if self.side == 'val':
-            return i[i < self.n] * self.meta['val'] // self.n
-        orders = {epoch: np.random.default_rng((self.seed, epoch)).permutation(self.n) for epoch in set(i // self.n)}
-        return [orders[epoch][k] for epoch, k in zip(i // self.n, i % self.n)]
+    def rows(self, i):
+        """The numbers of the segments of batch i."""
+        rows = []
+        for k in range(i * self.batch_size, (i + 1) * self.batch_size):
+            epoch, k = divmod(k, self.n)
+            if self.side == 'train':
+                rows.append(permutation(self.n, self.seed, epoch)[k])
+            elif epoch == 0:
+                rows.append(k * self.meta['val'] // self.n)
+        return rows
 
-    def __getitem__(self, n):
+    def __getitem__(self, i):
         T = self.meta['context']
-        tokens = np.memmap(self.folder / f'{self.side}.bin', self.meta['dtype'], 'r').reshape(self.meta[self.side], -1)
-        ids = torch.from_numpy(tokens[self.rows(n)].astype(np.int64))                        # (B, segment)
+        shape = (self.meta[self.side], T + self.meta['continuation'])
+        segments = np.memmap(self.path, np.uint32, 'r', shape=shape)
+        ids = torch.from_numpy(segments[self.rows(i)].astype(np.int64))     # (B, T + continuation)
         batch = {'context': ids[:, :T].contiguous(), 'continuation': ids[:, T:].contiguous()}
-        if self.image_size:
-            texts = [' '.join(self.tokenizer.decode(row).split()) for row in batch['context'].tolist()]
-            pages, _, _, lost = zip(*(render_page(text, self.image_size, **self.page) for text in texts))
-            batch['image'] = torch.from_numpy(np.stack(pages)).permute(0, 3, 1, 2).contiguous()
-            batch['lost'] = torch.tensor([n / max(len(text), 1) for n, text in zip(lost, texts)])
+        if self.image_size is None:
+            return batch
+        pages, lost = [], []
+        for row in batch['context'].tolist():
+            # The context may begin or end inside a character, which is left out.
+            text = self.tokenizer.decode(row, errors='ignore')
+            text = ' '.join(text.split())
+            page, _, _, missing = render_page(text, self.image_size, **self.page)
+            pages.append(np.asarray(page))                                  # (S, S, 3)
+            lost.append(missing / max(len(text), 1))
+        batch['image'] = torch.from_numpy(np.stack(pages)).permute(0, 3, 1, 2).contiguous()
+        batch['lost'] = torch.tensor(lost)
         return batch
 
     def loader(self, order, workers):
         """A DataLoader of the batches with the numbers in `order`."""
-        return torch.utils.data.DataLoader(self, batch_size=None, sampler=order, num_workers=workers,
-                                           pin_memory=torch.cuda.is_available(), worker_init_fn=keep_running)
+        return DataLoader(self, batch_size=None, sampler=order, num_workers=workers,
+                          pin_memory=torch.cuda.is_available())
 
-def check_numbers(flags, may_be_0=''):
-    """Raises ValueError for a flag, {name: value}, that is negative, NaN, or 0 if it is not named in `may_be_0`."""
-    for name, value in flags.items():
-        if type(value) in (int, float) and (not value >= 0 or value == 0 and name not in may_be_0.split()):
-            raise ValueError(f'--{name} {value}: must be {"at least" if name in may_be_0.split() else "above"} 0')
+@dataclass(kw_only=True)
+class Flags:
+    """out: folder to make
+    model: whose tokenizer, a hub id or a folder; that of tiny is bytes
+    context: context tokens in a segment
+    continuation: tokens in a segment that follow the context
+    train_segments: at most this many (default: all; the paper has 500000)
+    val_segments: at most this many (default: a tenth of all; the paper has 10000)
+    field: the field of a record that has its text"""
+    out: str = None
+    model: str = 'tiny'
+    context: positive = 1000
+    continuation: positive = 1000
+    train_segments: positive = None
+    val_segments: positive = None
+    field: str = 'text'
 
 def main(argv=None):
     """The command line: prepare() into a folder that does not exist yet."""
-    parser = argparse.ArgumentParser(description='Tokenise documents to segments on disk.', allow_abbrev=False)
-    add = parser.add_argument
-    add('source', help='finewiki, pydoc, or a file or folder of .txt .md .py .jsonl .parquet')
-    add('--out', required=True, help='folder to make')
-    add('--model', default='tiny', help='whose tokenizer: a hub id or folder; tiny: bytes (default)')
-    add('--context', type=int, default=1000, help='context tokens in a segment (default 1000)')
-    add('--continuation', type=int, default=1000, help='tokens that follow it (default 1000)')
-    add('--train_segments', type=int, help='at most this many (default: all; the paper: 500000)')
-    add('--val_segments', type=int, help='at most this many (default: a tenth; the paper: 10000)')
-    add('--field', help='the field of a record with its text (default: text, or the one with most text)')
-    args = parser.parse_args(argv)
-    check_numbers(vars(args))
-    check(not Path(args.out).exists(), f'{args.out}: exists already')
-    args.tokenizer = tokenizer_of(vars(args).pop('model'))
-    prepare(**vars(args))
+    parser = argparse.ArgumentParser(description='Tokenise documents to segments on disk.')
+    parser.add_argument('source', help=f'finewiki, pydoc, or a file or folder of {" ".join(KINDS)}')
+    add_flags(parser, Flags)
+    args = vars(parser.parse_args(argv))
+    if args['out'] is None or Path(args['out']).exists():
+        parser.error(f'--out {args["out"]}: name a folder that does not exist yet')
+    tokenizer = tokenizer_of(args.pop('model'))
+    prepare(tokenizer=tokenizer, **args)
 
 if __name__ == '__main__':
     run_main(main)

@@ -1,21 +1,25 @@
 """
-The decoder: memory and text to next-token probabilities. DeepSeek-OCR's language model, and the autoencoder around it.
+The decoder: memory and text to next-token probabilities. DeepSeek-OCR's language model, and the
+autoencoder around it.
 
-    [BOS] memory [prompt] [hybrid] | target            one sequence, causal attention, loss on the target only
-          (B, M, D)         last K context tokens
+    [BOS] memory [prompt] [hybrid] | target        one sequence, causal attention,
+          (B, M, D)                                loss on the target only
 
-B batch, T positions, D width, H heads, d head width, V vocabulary, E experts, k experts per token, M memory vectors.
-Follows modeling_deepseekv2.py of DeepSeek-OCR, whose config.json makes it plain multi-head attention, not MLA.
+hybrid: the last K context tokens once more, as plain tokens.
+
+B batch, T positions, D width, H heads, d head width, V vocabulary, E experts, k experts a token,
+M memory vectors. Follows modeling_deepseekv2.py of DeepSeek-OCR, whose config.json makes it plain
+multi-head attention, not MLA.
 """
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-OBJECTIVES = {'reconstruction': 'context', 'lm': 'continuation'}     # an objective is a choice of target, nothing more
+# An objective is a choice of target and nothing else: to add one, add a line.
+OBJECTIVES = {'reconstruction': 'context', 'lm': 'continuation'}
 
 @dataclass
 class DecoderConfig:
@@ -39,32 +43,59 @@ class DecoderConfig:
     eos_token_id: int = 1                   # or a list of ids, each of which ends a text
     vision: object = None                   # encoders.VisionConfig
 
+def initialize(module, width):
+    """Draw all matrices of a module of this width from a normal distribution."""
+    std = 0.02 * (1280 / width) ** 0.5      # 0.02 at DeepSeek-OCR's width
+    for p in module.parameters():
+        if p.dim() > 1:
+            nn.init.normal_(p, std=std)
+
+def rotary(x, config, start=0):
+    """cos and sin, (T, d / 2) each, of the angles by which the queries and keys of x (B, T, D) are
+    rotated; its first position is `start`."""
+    d = config.hidden_size // config.num_attention_heads
+    channels = torch.arange(0, d, 2, device=x.device, dtype=torch.float32)
+    frequency = config.rope_theta ** (-channels / d)
+    position = torch.arange(start, start + x.shape[1], device=x.device)
+    angle = position[:, None] * frequency           # in fp32: bf16 cannot tell positions apart
+    return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+
 def rotate(x, cos, sin):
-    """Rotate channels i and i + d/2 of x (B, H, T, d): half-split pairs as in Llama, not interleaved as in RoFormer."""
+    """Rotate channels i and i + d/2 of x (B, H, T, d): pairs of halves, as in Llama."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 class Attention(nn.Module):
-    """o(softmax(q k / sqrt(d)) v), causal, with q and k rotated by position: (B, T, D) -> (B, T, D)."""
+    """o(softmax(q k / sqrt(d)) v), causal, q and k rotated by position: (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, D, self.head_dim = layer, config.hidden_size, config.hidden_size // config.num_attention_heads
+        self.layer = layer
+        D = config.hidden_size
+        self.head_dim = D // config.num_attention_heads
+        kv_width = config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(D, D, bias=False)
-        self.k_proj = nn.Linear(D, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(D, config.num_key_value_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(D, kv_width, bias=False)
+        self.v_proj = nn.Linear(D, kv_width, bias=False)
         self.o_proj = nn.Linear(D, D, bias=False)
+        initialize(self, D)
 
-    def forward(self, x, cos, sin, cache):
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)               # (B, H, T, d)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    def forward(self, x, cos, sin, cache=None):
+        B, T, D = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, d)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
         if cache is not None:
-            past = cache.get(self.layer, (k[:, :, :0], v[:, :, :0]))
-            k, v = cache[self.layer] = [torch.cat(pair, dim=2) for pair in zip(past, (k, v))]
-        # A single new token attends to everything before it. Several at once come only while the cache is empty.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=x.shape[1] > 1, enable_gqa=k.shape[1] != q.shape[1])
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+            if self.layer in cache:
+                past_k, past_v = cache[self.layer]
+                k = torch.cat([past_k, k], dim=2)
+                v = torch.cat([past_v, v], dim=2)
+            cache[self.layer] = k, v
+        # A single new token sees everything before it. Several come only while the cache is empty.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, D))
 
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x))"""
@@ -74,157 +105,245 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(dim, hidden, bias=False)
         self.up_proj = nn.Linear(dim, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, dim, bias=False)
+        initialize(self, dim)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
+class Gather(torch.autograd.Function):
+    """y = x[index]. Each row of x stands k times in y, copy j of row i at y[where[i k + j]]. So the
+    backward pass can gather as well and add up k rows. The usual one scatters, which on a GPU adds
+    in a random order, and in bf16."""
+
+    @staticmethod
+    def forward(ctx, x, index, where, k):
+        ctx.save_for_backward(where)
+        ctx.k = k
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        where, = ctx.saved_tensors
+        copies = grad.index_select(0, where).unflatten(0, (-1, ctx.k))  # (rows of x, k, width)
+        return copies.sum(dim=1), None, None, None
+
 def grouped_linear(x, weight, ends):
-    """x (rows, in), sorted by expert, times weight (E, out, in) -> (rows, out). Expert e's rows end before ends[e]."""
-    # torch's kernel needs no GPU-to-CPU sync. It takes bf16, on the CPU also fp32, in rows of n x 16 bytes.
-    dtypes = {'cuda': [torch.bfloat16], 'cpu': [torch.bfloat16, torch.float32]}.get(x.device.type, [])
-    if x.dtype in dtypes and all(width * x.element_size() % 16 == 0 for width in weight.shape[1:]):
+    """x (rows, in), sorted by expert, times weight (E, out, in) -> (rows, out). The rows of expert
+    e end before ends[e]."""
+    # torch's kernel needs no host-device sync. It takes bf16, and fp32 on a CPU, if rows are whole
+    # multiples of 16 bytes.
+    whole = all(width * x.element_size() % 16 == 0 for width in weight.shape[1:])
+    if whole and (x.dtype == torch.bfloat16 or x.device.type == 'cpu'):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
-    bounds = [0] + ends.tolist()
-    return torch.cat([x[a:b] @ w.T for a, b, w in zip(bounds, bounds[1:], weight)])
+    outputs = []
+    start = 0
+    for end, w in zip(ends.tolist(), weight):
+        outputs.append(x[start:end] @ w.T)
+        start = end
+    return torch.cat(outputs)
 
 class MoE(nn.Module):
-    """shared(x) + sum over the top k of p_e * expert_e(x); p = softmax(router(x)) in fp32, not renormalised over the k.
-    The load-balancing loss of a sequence is alpha * sum_e (E * share of the choices that went to e) * (mean of p_e)."""
+    """shared(x) + sum over the top k of p_e * expert_e(x), with p = softmax(router(x)) in fp32, not
+    renormalised over the k.
+
+    The load-balancing loss of a sequence is alpha * sum_e (E * share of the choices that went to e)
+    * (mean of p_e): least when all experts are chosen equally often."""
 
     def __init__(self, config):
         super().__init__()
         E, D, hidden = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        self.top_k, self.alpha = config.num_experts_per_tok, config.aux_loss_alpha
+        self.top_k = config.num_experts_per_tok
+        self.alpha = config.aux_loss_alpha
         self.gate = nn.Linear(D, E, bias=False)
-        self.experts = nn.ParameterDict({'gate_proj': torch.empty(E, hidden, D), 'up_proj': torch.empty(E, hidden, D),
-                                         'down_proj': torch.empty(E, D, hidden)})
+        # All experts in one tensor; gate and up together, as both multiply the same rows.
+        self.experts = nn.ParameterDict({
+            'gate_up_proj': torch.empty(E, 2 * hidden, D),
+            'down_proj': torch.empty(E, D, hidden),
+        })
         self.shared_experts = MLP(D, hidden * config.n_shared_experts)
+        initialize(self, D)
 
     def route(self, x):
-        """(B, T, D) -> probabilities (B, T, E), the k largest (B, T, k) and their experts (B, T, k)."""
+        """(B, T, D) -> probabilities (B, T, E), the k largest and their experts, both (B, T, k)."""
         with torch.autocast(x.device.type, enabled=False):
-            probs = F.linear(x.float(), self.gate.weight.float()).softmax(dim=-1)
-        return probs, *probs.topk(self.top_k, dim=-1)
+            logits = F.linear(x.float(), self.gate.weight.float())
+            probs = logits.softmax(dim=-1)
+        top_p, top_e = probs.topk(self.top_k, dim=-1)
+        return probs, top_p, top_e
 
     def forward(self, x):
-        (B, T, D), k, E = x.shape, self.top_k, self.gate.out_features
+        B, T, D = x.shape
+        k, E = self.top_k, self.gate.out_features
         probs, top_p, top_e = self.route(x)
-        count = torch.zeros_like(probs).scatter(2, top_e, 1.0).sum(dim=1)     # (B, E) tokens that chose each expert
-        balance_loss = self.alpha * (count * (E / (T * k)) * probs.mean(dim=1)).sum(dim=1).mean()
 
-        # Autocast does not reach the grouped kernel, so cast here.
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        gate, up, down = (self.experts[name].to(dtype) for name in ('gate_proj', 'up_proj', 'down_proj'))
-        order = top_e.flatten().argsort(stable=True)                          # (BTk,) the choices, sorted by expert
-        ends = count.sum(dim=0).cumsum(dim=0).to(torch.int32)                 # (E,)
-        tokens = x.to(dtype).flatten(0, 1).index_select(0, order // k)        # (BTk, D) each token repeated k times
-        hidden = F.silu(grouped_linear(tokens, gate, ends)) * grouped_linear(tokens, up, ends)
-        outputs = grouped_linear(hidden, down, ends)                          # (BTk, D)
-        outputs = outputs.index_select(0, order.argsort()).view(B, T, k, D)   # in the tokens' order again
-        y = (outputs * top_p[..., None]).sum(dim=2)                           # (B, T, D) in fp32, as top_p is fp32
-        return self.shared_experts(x) + y.type_as(x), balance_loss
+        one_hot = torch.zeros_like(probs).scatter(2, top_e, 1.0)    # (B, T, E)
+        count = one_hot.sum(dim=1)                                  # (B, E) choices of each
+        share = count / (T * k)
+        balance_loss = self.alpha * (E * share * probs.mean(dim=1)).sum(dim=1).mean()
+
+        # Sort the B T k choices by expert. Row r below is choice order[r], made by token
+        # order[r] // k, and choice c ends up in row where[c].
+        order = top_e.flatten().argsort(stable=True)                # (BTk,)
+        rows = torch.arange(len(order), device=x.device)
+        where = torch.empty_like(order).scatter_(0, order, rows)            # its inverse
+        ends = count.sum(dim=0).cumsum(dim=0).to(torch.int32)       # (E,)
+
+        # Autocast does not reach the grouped product. The shared experts' output has its dtype.
+        shared = self.shared_experts(x)
+        gate_up_proj = self.experts.gate_up_proj.type_as(shared)
+        down_proj = self.experts.down_proj.type_as(shared)
+        tokens = Gather.apply(x.type_as(shared).flatten(0, 1), order // k, where, k)    # (BTk, D)
+        gate, up = grouped_linear(tokens, gate_up_proj, ends).chunk(2, dim=-1)
+        outputs = grouped_linear(F.silu(gate) * up, down_proj, ends)  # (BTk, D)
+        outputs = Gather.apply(outputs, where, order, 1)                    # by token again
+        weighted = outputs.view(B, T, k, D) * top_p[..., None]              # fp32, as top_p is
+        return shared + weighted.sum(dim=2).type_as(shared), balance_loss
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): (B, T, D) -> (B, T, D) and its load-balancing loss."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): (B, T, D) -> (B, T, D) and the load-balancing
+    loss, 0 if the layer is dense."""
 
     def __init__(self, config, layer):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        dense = layer < config.first_k_dense_replace or config.n_routed_experts == 0
-        self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
+        self.is_dense = layer < config.first_k_dense_replace or config.n_routed_experts == 0
+        if self.is_dense:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        else:
+            self.mlp = MoE(config)
 
-    def forward(self, x, cos, sin, cache):
+    def forward(self, x, cos, sin, cache=None):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
-        y = self.mlp(self.post_attention_layernorm(x))
-        y, balance_loss = y if isinstance(self.mlp, MoE) else (y, 0.0)
+        y = self.post_attention_layernorm(x)
+        if self.is_dense:
+            return x + self.mlp(y), x.new_zeros(())
+        y, balance_loss = self.mlp(y)
         return x + y, balance_loss
 
 class Decoder(nn.Module):
-    """Embeddings (B, T, D) to hidden states (B, T, D), with embed_tokens before and lm_head after."""
+    """Embeddings (B, T, D) to hidden states (B, T, D); embed_tokens comes before, lm_head after."""
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.grad_checkpoint = config, False         # True: recompute a block's activations in backward
+        self.config = config
+        self.grad_checkpoint = False        # True: recompute activations in the backward pass
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList()
+        for layer in range(config.num_hidden_layers):
+            self.layers.append(Block(config, layer))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        initialize(self.embed_tokens, config.hidden_size)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        for p in self.parameters():
-            if p.dim() > 1:
-                nn.init.normal_(p, std=0.02 * (1280 / config.hidden_size) ** 0.5)         # 0.02 at DeepSeek-OCR's width
+            initialize(self.lm_head, config.hidden_size)
 
     def forward(self, x, cache=None):
-        """x (B, T, D) -> hidden states after the final norm (B, T, D), and the sum of the load-balancing losses.
-        cache: a dict that keeps each layer's keys and values (B, H, T, d). When it is not empty, T must be 1."""
-        start = cache[0][0].shape[2] if cache else 0
-        assert start == 0 or x.shape[1] == 1, f'{x.shape[1]} positions at once, after {start} in the cache'
-        d = self.layers[0].self_attn.head_dim
-        frequency = self.config.rope_theta ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)
-        angle = torch.arange(start, start + x.shape[1], device=x.device)[:, None] * frequency               # (T, d / 2)
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)           # cast only now: positions need fp32
-        balance_loss = 0.0
+        """x (B, T, D) -> hidden states after the final norm (B, T, D), and the sum of the
+        load-balancing losses. cache: a dict for each layer's keys and values (B, H, T, d). When it
+        is not empty, T must be 1."""
+        T = x.shape[1]
+        start = 0
+        if cache:
+            start = cache[0][0].shape[2]
+            assert T == 1, f'{T} positions at once, after {start} in the cache'
+        cos, sin = rotary(x, self.config, start)
+        balance_loss = torch.zeros((), device=x.device)
         for layer in self.layers:
-            run = partial(checkpoint, layer, use_reentrant=False) if self.grad_checkpoint and self.training else layer
-            x, layer_loss = run(x, cos, sin, cache)
+            if self.grad_checkpoint and self.training:
+                x, layer_loss = checkpoint(layer, x, cos, sin, use_reentrant=False)
+            else:
+                x, layer_loss = layer(x, cos, sin, cache)
             balance_loss = balance_loss + layer_loss
         return self.norm(x), balance_loss
 
     def logits(self, hidden):
         """(..., D) -> fp32 (..., V)"""
-        return F.linear(hidden, (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight).float()
+        output = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return F.linear(hidden, output.weight).float()
 
     def token_losses(self, hidden, target, rows=None):
-        """hidden (B, T, D), target ids (B, T) -> cross-entropy in nats (B, T), whether argmax is correct (B, T)."""
-        def losses(h, t):
-            logits = self.logits(h)
-            return F.cross_entropy(logits, t, reduction='none'), logits.argmax(dim=-1) == t
+        """hidden (B, T, D), target ids (B, T) -> cross-entropy in nats and whether argmax is right,
+        both (B, T). rows: how many positions at once (default: logits of half a GB)."""
+        def losses(hidden, target):
+            logits = self.logits(hidden)
+            loss = F.cross_entropy(logits, target, reduction='none')
+            return loss, logits.argmax(dim=-1) == target
 
-        # Only one chunk of half a GB of logits exists at any time: the backward pass computes them again.
-        rows = rows or 2 ** 27 // self.config.vocab_size // 128 * 128                 # whole tiles of a GPU's products
-        chunks = zip(hidden.flatten(0, 1).split(rows), target.flatten().split(rows))
-        loss, hit = zip(*(checkpoint(losses, h, t, use_reentrant=False) for h, t in chunks))
+        hidden = hidden.flatten(0, 1)
+        rows = rows or max(2 ** 27 // self.config.vocab_size, 1)
+        if torch.compiler.is_compiling():
+            rows = len(hidden)              # compiled, chunks would all be in memory at once
+        loss, hit = [], []
+        for h, t in zip(hidden.split(rows), target.flatten().split(rows)):
+            # Not to keep the logits, the backward pass computes them again.
+            chunk_loss, chunk_hit = checkpoint(losses, h, t, use_reentrant=False)
+            loss.append(chunk_loss)
+            hit.append(chunk_hit)
         return torch.cat(loss).view(target.shape), torch.cat(hit).view(target.shape)
 
 class Autoencoder(nn.Module):
-    """An encoder in front of a decoder. The only place that knows the layout of the sequence. prompt: ids of the tokens
-    after the memory. hybrid: how many of the last context tokens follow as tokens; they are in the memory too."""
+    """An encoder in front of a decoder. The only place that knows the layout of the sequence.
+    prompt: ids of the tokens after the memory. hybrid: K, how many of the last context tokens
+    follow as plain tokens; they are in the memory too."""
 
     def __init__(self, encoder, decoder, objective='reconstruction', prompt=(), hybrid=0):
         super().__init__()
-        self.encoder, self.decoder = encoder, decoder
-        self.objective, self.prompt, self.hybrid = objective, list(prompt), hybrid
+        self.encoder = encoder
+        self.decoder = decoder
+        self.objective = objective
+        self.prompt = list(prompt)
+        self.hybrid = hybrid
 
-    def prefix(self, batch):
-        """Everything before the target, as embeddings: [BOS] memory [prompt] [hybrid] -> (B, P, D)."""
-        embed, context = self.decoder.embed_tokens, batch['context']
-        column = lambda token: embed(context.new_full((len(context), 1), token))         # (B, 1, D)
-        bos, *prompt = (column(token) for token in [self.decoder.config.bos_token_id, *self.prompt])
-        memory = self.encoder(batch, embed).to(bos.dtype)                     # under autocast it may be bf16
-        assert memory.shape[::2] == bos.shape[::2], f'memory {tuple(memory.shape)}, not ({len(bos)}, M, {bos.shape[2]})'
-        return torch.cat([bos, memory, *prompt, embed(context[:, context.shape[1] - self.hybrid:])], dim=1)
+    def sequence(self, batch, target=None):
+        """[BOS] memory [prompt] [hybrid] | target, as embeddings (B, P, D). Without a target, what
+        comes before it."""
+        context = batch['context']
+        B, T = context.shape
+        ids = [context.new_full((B, 1), self.decoder.config.bos_token_id)]
+        for token in self.prompt:
+            ids.append(context.new_full((B, 1), token))
+        ids.append(context[:, T - self.hybrid:])
+        if target is not None:
+            ids.append(target)
+        # One lookup for all: each would have a gradient as large as the embedding.
+        x = self.decoder.embed_tokens(torch.cat(ids, dim=1))
+        memory = self.encoder(batch, self.decoder.embed_tokens)
+        memory = memory.to(x.dtype)                                 # under autocast it may be bf16
+        assert memory.shape[0] == B and memory.shape[2] == x.shape[2], \
+            f'memory {tuple(memory.shape)}, not ({B}, M, {x.shape[2]})'
+        return torch.cat([x[:, :1], memory, x[:, 1:]], dim=1)
 
     def forward(self, batch):
-        """batch -> losses in nats and hits (B, T), both per target token, and the load-balancing loss."""
+        """batch -> losses in nats and hits, both (B, T), of each target token, and a dict of what
+        is trained on too: the load-balancing loss and, if it has one, the encoder's own loss.
+
+        The target's tokens are predicted from the true ones before them (teacher forcing). So even
+        without a memory the decoder guesses the easy ones. Only what it cannot guess has to be in
+        the memory."""
         target = batch[OBJECTIVES[self.objective]]
-        hidden, balance_loss = self.decoder(torch.cat([self.prefix(batch), self.decoder.embed_tokens(target)], dim=1))
-        predicting = hidden[:, -target.shape[1] - 1:-1]                       # position i predicts token i + 1
-        return *self.decoder.token_losses(predicting, target), balance_loss
+        hidden, balance_loss = self.decoder(self.sequence(batch, target))
+        first = hidden.shape[1] - target.shape[1] - 1       # position i predicts token i + 1
+        losses, hits = self.decoder.token_losses(hidden[:, first:-1], target)
+        extra = {'balance_loss': balance_loss}
+        if hasattr(self.encoder, 'loss'):
+            extra['encoder_loss'] = self.encoder.loss
+        return losses, hits, extra
 
     @torch.no_grad()
-    def generate(self, batch, max_new_tokens, temperature=0.0):
-        """Continue each row's prefix -> token ids (B, <= max_new_tokens): argmax at temperature 0, else sampled. A row
-        that has reached EOS repeats it, and generation ends when all rows have."""
-        x, tokens, cache = self.prefix(batch), [], {}
+    def generate(self, batch, max_new_tokens):
+        """Continue each row greedily -> token ids (B, at most max_new_tokens). A row that has
+        reached EOS repeats it, and generation ends when all rows have."""
+        x = self.sequence(batch)
         eos = torch.tensor(self.decoder.config.eos_token_id, device=x.device).view(-1)
         done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        tokens, cache = [], {}
         while len(tokens) < max_new_tokens and not done.all():
-            logits = self.decoder.logits(self.decoder(x, cache)[0][:, -1])    # (B, V)
-            token = torch.multinomial((logits / temperature).softmax(dim=-1), 1)[:, 0] if temperature \
-                else logits.argmax(dim=-1)
-            tokens.append(torch.where(done, eos[0], token))
+            hidden, _ = self.decoder(x, cache)
+            token = self.decoder.logits(hidden[:, -1]).argmax(dim=-1)  # (B,)
+            token = torch.where(done, eos[0], token)
+            tokens.append(token)
             done = done | torch.isin(token, eos)
-            x = self.decoder.embed_tokens(tokens[-1][:, None])
+            x = self.decoder.embed_tokens(token[:, None])
         return torch.stack(tokens, dim=1)

@@ -1,24 +1,34 @@
-"""
+r"""
 The released checkpoint format, both ways, and its tokenizer.
 
-    model, tokenizer, config = load('deepseek-ai/DeepSeek-OCR', 'meanpool', 1000, compression_window_size=4)
-    python load_deepseek.py out/vision --export out/ocr      # a run's weights in bf16, for whatever opens DeepSeek-OCR
+    model, tokenizer, config = load('deepseek-ai/DeepSeek-OCR', 'meanpool', 1000)
+    model, tokenizer, config = load_run('out/vision')
 
-A checkpoint is a folder: config.json, safetensors files with DeepSeek-OCR's tensor names, tokenizer.json. Our own runs
-add "run" to config.json (which encoder, its settings, the lengths) and the tensors of their encoders:
+A checkpoint is a folder: config.json, safetensors with DeepSeek-OCR's tensor names, tokenizer.json.
+Our runs add "run" to config.json (which encoder, its settings, the lengths), and the tensors of
+their encoders:
 
-    here                                          in the file
-    decoder.layers.3.mlp.experts.up_proj[7]       model.layers.3.mlp.experts.7.up_proj.weight (stacked only here)
-    decoder.lm_head.weight                        lm_head.weight
-    decoder.<name>, and encoder.<name> of vision  model.<name>
-    encoder.<name> of any other encoder           <regime>.<name>
+    here                                           in the file
+    decoder.layers.3.mlp.experts.gate_up_proj[7]   model.layers.3.mlp.experts.7.gate_proj.weight and
+                                                   model.layers.3.mlp.experts.7.up_proj.weight
+    decoder.lm_head.weight                         lm_head.weight
+    decoder.<name>, and encoder.<name> of vision   model.<name>
+    encoder.<name> of any other encoder            <regime>.<name>
+
+To write a run's weights in bf16, for whatever opens DeepSeek-OCR:
+
+    model, _, config = load_run('out/vision', dtype=torch.bfloat16)
+    save(released_tensors(model, 'vision'), config, 'out/ocr', source='out/vision')
 """
 import argparse
 import copy
+import hashlib
 import json
 import os
 import re
+import sys
 from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 
 import huggingface_hub
@@ -28,204 +38,429 @@ import torch
 
 from decoder import Autoencoder, Decoder, DecoderConfig
 from encoders import ENCODERS, VisionConfig, settings_of
-from render import check, explain, run_main
 
-# Models without weights, as the config.json that they would have. What is not here is as in DeepSeek-OCR.
-PRESETS = {'full': {'tokenizer': 'bytes', 'n_routed_experts': 64}, 'tiny': {
-    'tokenizer': 'bytes', 'language_config': dict(
-        vocab_size=259, hidden_size=128, intermediate_size=352, moe_intermediate_size=96, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2),
-    'vision_config': {'image_size': 256, 'width': {
-        'sam_vit_b': {'width': 96, 'layers': 4, 'heads': 3, 'global_attn_indexes': [1, 3]},
-        'clip-l-14-224': {'width': 128, 'layers': 4, 'heads': 4}}}}}
-VISION = ('model.sam_model.', 'model.vision_model.', 'model.projector.', 'model.image_newline', 'model.view_seperator')
-# What config.json may ask of the decoder. A checkpoint that asks for anything else is refused.
+# Models without weights, as the config.json that they would have. The rest is as in DeepSeek-OCR.
+PRESETS = {
+    'full': {'tokenizer': 'bytes', 'n_routed_experts': 64},
+    'tiny': {
+        'tokenizer': 'bytes',
+        'language_config': {
+            'vocab_size': 259,
+            'hidden_size': 128,
+            'intermediate_size': 352,
+            'moe_intermediate_size': 96,
+            'num_hidden_layers': 4,
+            'num_attention_heads': 4,
+            'n_routed_experts': 8,
+            'n_shared_experts': 1,
+            'num_experts_per_tok': 2,
+        },
+        'vision_config': {
+            'image_size': 256,
+            'width': {
+                'sam_vit_b': {'width': 96, 'layers': 4, 'heads': 3, 'global_attn_indexes': [1, 3]},
+                'clip-l-14-224': {'width': 128, 'layers': 4, 'heads': 4},
+            },
+        },
+    },
+}
+
+# What config.json may ask of the decoder. Anything else would load and silently be wrong.
 SUPPORTED = {
-    'model_type': ('deepseek_v2', 'deepseek_vl_v2', 'DeepseekOCR', 'llama', 'mistral'), 'hidden_act': ('silu',),
-    'attention_bias': (False,), 'mlp_bias': (False,), 'attention_dropout': (0,), 'pretraining_tp': (1,),
-    'sliding_window': (), 'rope_type': ('default',), 'type': ('default',), 'factor': (1,), 'use_mla': (False,),
-    'partial_rotary_factor': (1,), 'topk_method': ('greedy',), 'scoring_func': ('softmax',), 'norm_topk_prob': (False,),
-    'routed_scaling_factor': (1,), 'moe_layer_freq': (1,)}
+    'model_type': ['deepseek_v2', 'deepseek_vl_v2', 'DeepseekOCR', 'DeepseekOCR2', 'deepseek_ocr2',
+                   'llama', 'mistral'],
+    'hidden_act': ['silu'],
+    'sliding_window': [],
+    'sliding_window_size': [],
+    'rope_type': ['default'],
+    'type': ['default'],
+    'factor': [1],
+    'partial_rotary_factor': [1],
+    'topk_method': ['greedy'],
+    'scoring_func': ['softmax'],
+    'norm_topk_prob': [False],
+    'routed_scaling_factor': [1],
+}
 
-# tokenizer.json splits text in passes. DeepSeek's: digits, runs of Chinese or kana (K), the rest; SmolLM2's: single
-# digits, the rest as in GPT-2. One pattern does it all here, so no part of it may match across the cut of an earlier
-# pass. The last one of DeepSeek takes what no pass matches (controls, joiners), because tiktoken would drop it.
-PATTERNS = {'deepseek': '|'.join([
-    r'\p{N}{1,3}', r'[K]+', r'[!"#$%&\'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+',
-    r'[^\r\n\p{L}\p{P}\p{S}]?[[\p{L}\p{M}]--[K]]+', r' ?[[\p{P}\p{S}]--[K]]+[\r\n]*', r'\s*[\r\n]+',
-    r'\s+(?![^\s\p{N}K])', r'\s+', r'[^\s\p{L}\p{M}\p{N}\p{P}\p{S}K]+(?![[\p{L}\p{M}]--[K]])',
-]).replace('K', r'\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff'),
-    'smollm2': r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"}
+# A tokenizer.json cuts a text into words in several passes, its pre_tokenizer. We know two of them,
+# by the hash of their JSON: DeepSeek-V3's and SmolLM2's.
+PRE_TOKENIZERS = {'d8d32910cbb77e54': 'deepseek', '88e46f2b7ff38881': 'smollm2'}
+# tiktoken makes one pass. So no part of a pattern may match across the cut of an earlier pass.
+K = r'\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff'                          # Chinese and kana
+PATTERNS = {
+    'deepseek': '|'.join([
+        r'\p{N}{1,3}',                                                  # up to three digits
+        rf'[{K}]+',
+        r'[!"#$%&\'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+',            # a mark and ASCII letters
+        rf'[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[[\p{{L}}\p{{M}}]--[{K}]]+',    # a space and a word
+        rf' ?[[\p{{P}}\p{{S}}]--[{K}]]+[\r\n]*',                        # marks and symbols
+        r'\s*[\r\n]+',                                                  # line ends
+        rf'\s+(?![^\s\p{{N}}{K}])',                                     # spaces, not a word's own
+        r'\s+',
+        # Controls, joiners and the like, which no pass matches: tiktoken would drop them.
+        rf'[^\s\p{{L}}\p{{M}}\p{{N}}\p{{P}}\p{{S}}{K}]+(?![[\p{{L}}\p{{M}}]--[{K}]])',
+    ]),
+    # Single digits, then GPT-2's words.
+    'smollm2': r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
+}
+
+# ---- the command line
+
+def run_main(main):
+    """Call main(). A ValueError, OSError or ImportError is taken for a user's mistake: one line on
+    stderr and exit code 1. With DEBUG=1 in the environment it keeps its traceback."""
+    sys.stdout.reconfigure(errors='replace')        # '?' for what a console cannot show
+    try:
+        main()
+    except (ValueError, OSError, ImportError, KeyboardInterrupt) as e:
+        if os.environ.get('DEBUG'):
+            raise
+        message = ' '.join(str(e).split()) or type(e).__name__
+        sys.exit(f'{message} (DEBUG=1 shows where)')
+
+def positive(text):
+    """A whole number of at least 1, as the type of a flag."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+def add_flags(parser, cls, choices={}, **how):
+    """Make each setting of a class a flag of an argparse parser. The class says it all: the type in
+    the annotation, the default, and the help in the line "name: help" of the docstring."""
+    for name, setting in settings_of(cls).items():
+        text = re.search(rf'\b{name}: (.*)|$', cls.__doc__)[1] or ''
+        if setting.default not in (None, ''):
+            text = f'{text} (default: {setting.default})'
+        flag = {'help': text.replace('%', '%%'), 'default': setting.default, **how}
+        # of int | None it is int
+        kind = getattr(setting.annotation, '__args__', [setting.annotation])[0]
+        if kind is bool:
+            flag['action'] = argparse.BooleanOptionalAction
+        else:
+            flag |= {'type': kind, 'choices': choices.get(name)}
+        parser.add_argument(f'--{name}', **flag)
+
+# ---- tokenizers
 
 def read_json(path):
-    """A file with a JSON object, as a dict. Raises ValueError."""
-    with explain(f'{path}: cannot be read as a JSON object'):
-        return {**json.loads(Path(path).read_bytes())}
+    """The JSON object in a file, as a dict. Raises ValueError or OSError."""
+    try:
+        return dict(json.loads(Path(path).read_bytes()))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f'{path}: no JSON object ({e})') from e
 
-def fetch(source):
-    """The folder of a checkpoint: `source` itself, or a copy from the model hub. Raises ValueError."""
+@lru_cache
+def fetch(source, pattern):
+    """The folder of a checkpoint: `source`, or where the hub's files that match are kept here.
+    Raises ValueError."""
     if Path(source).is_dir():
         return Path(source)
-    with explain(f'{source}: no such folder (check the spelling), and not found on the hub'):
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=['*.json', '*.safetensors', '*.py']))
+    try:
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=pattern))
+    except (ValueError, OSError) as e:
+        raise ValueError(f'{source}: no such folder, and the hub says: {e}') from e
 
 def load_tokenizer(path):
-    """tokenizer.json of DeepSeek-OCR (the V3 family) or SmolLM2 as a tiktoken.Encoding with the same ids. The rank of a
-    merge is the id of the token it makes, so the vocabulary alone defines the encoding. encode_ordinary reads a special
-    string in a text, like <image>, as plain text; Hugging Face does not. Raises ValueError."""
+    """tokenizer.json of DeepSeek-OCR or SmolLM2 as a tiktoken.Encoding with the same ids. Raises
+    ValueError for any other kind.
+
+    tiktoken wants no merges: the rank of a merge is the id of the token that it makes. Its
+    encode_ordinary reads a special string in a text, like <image>, as plain text, where Hugging
+    Face's reads a special token."""
     spec = read_json(path)
-    with explain(f'{path}: not a tokenizer of the DeepSeek-V3 family or of SmolLM2'):
-        cuts = json.dumps(spec['pre_tokenizer'])
-        name = 'deepseek' if r'"\\p{N}{1,3}"' in cuts else 'smollm2' if '"individual_digits": true' in cuts else 'other'
-        special = {token['content']: token['id'] for token in spec['added_tokens']}
-        # Byte-level BPE writes bytes as characters: printable ones as themselves, the others from U+0100 on.
-        others = [b for b in range(256) if b == ord(' ') or not chr(b).isprintable()]
-        byte = {chr(b): b for b in range(256)} | {chr(256 + i): b for i, b in enumerate(others)}
-        vocab = {token: i for token, i in spec['model']['vocab'].items() if token not in special}
-        ranks = {bytes(byte[c] for c in token): i for token, i in vocab.items()}
-        return tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=ranks, special_tokens=special)
+    passes = json.dumps(spec.get('pre_tokenizer'), sort_keys=True)
+    name = PRE_TOKENIZERS.get(hashlib.sha256(passes.encode()).hexdigest()[:16])
+    no_normalizer = spec.get('normalizer') in (None, {'type': 'Sequence', 'normalizers': []})
+    if name is None or not no_normalizer:
+        raise ValueError(f'{path}: its normalizer and pre_tokenizer are neither those of '
+                         'DeepSeek-V3 nor of SmolLM2')
+    special = {token['content']: token['id'] for token in spec['added_tokens']}
+    vocab = {token: i for token, i in spec['model']['vocab'].items() if token not in special}
+
+    merged = [''.join(merge).replace(' ', '') for merge in spec['model']['merges']]
+    by_id = sorted(vocab, key=vocab.get)
+    if list(dict.fromkeys(merged)) != [token for token in by_id if len(token) > 1]:
+        raise ValueError(f'{path}: the ids do not follow the order of the merges')
+
+    # Byte-level BPE writes a byte as a character: a printable one as itself, others from U+0100 on.
+    byte_of = {}
+    for byte in range(256):
+        if chr(byte).isprintable() and byte != ord(' '):
+            byte_of[chr(byte)] = byte
+    for i, byte in enumerate(sorted(set(range(256)) - set(byte_of.values()))):
+        byte_of[chr(256 + i)] = byte
+    ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items()}
+    return tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=ranks,
+                             special_tokens=special)
 
 def tokenizer_of(source):
-    """The tokenizer of a preset or checkpoint: its tokenizer.json, or bytes, ids 3 to 258 after BOS, EOS and PAD."""
-    if source in PRESETS or read_json(fetch(source) / 'config.json').get('tokenizer') == 'bytes':
-        ranks, special = {bytes([b]): 3 + b for b in range(256)}, {'<bos>': 0, '<eos>': 1, '<pad>': 2}
-        return tiktoken.Encoding('bytes', pat_str=r'(?s:.)', mergeable_ranks=ranks, special_tokens=special)
-    return load_tokenizer(fetch(source) / 'tokenizer.json')
+    """The tokenizer of a preset or a checkpoint: its tokenizer.json or, if config.json says so,
+    bytes, with ids 3 to 258 after BOS, EOS and PAD. Raises ValueError or OSError."""
+    if source not in PRESETS:
+        folder = fetch(source, '*.json')
+        if read_json(folder / 'config.json').get('tokenizer') != 'bytes':
+            return load_tokenizer(folder / 'tokenizer.json')
+    ranks = {bytes([byte]): 3 + byte for byte in range(256)}
+    special = {'<bos>': 0, '<eos>': 1, '<pad>': 2}
+    return tiktoken.Encoding('bytes', pat_str='(?s:.)', mergeable_ranks=ranks,
+                             special_tokens=special)
+
+# ---- config.json
 
 def sizes_from(config):
-    """config.json, as a dict, to a DecoderConfig with its VisionConfig. Raises ValueError for what is not SUPPORTED."""
-    language = config.get('language_config', config)
-    language = {**language, **(language.get('rope_scaling') or {}), **(language.get('rope_parameters') or {})}
-    given = {f: language[f.name] for f in fields(DecoderConfig) if language.get(f.name) is not None}
-    sizes = DecoderConfig(**{f.name: value if isinstance(value, list) else f.type(value) for f, value in given.items()})
-    sizes.n_routed_experts = language.get('n_routed_experts') or 0            # a dense model does not say
-    sizes.num_key_value_heads = language.get('num_key_value_heads') or sizes.num_attention_heads
-    for name, values in {**SUPPORTED, 'head_dim': (sizes.hidden_size // sizes.num_attention_heads,)}.items():
-        check(language.get(name) in (None, *values), f'config.json: {name} {language.get(name)!r} is not supported')
-    check(sizes.bos_token_id < sizes.vocab_size, 'config.json: bos_token_id is too large')
-    check(not 0 < sizes.n_routed_experts < sizes.num_experts_per_tok, 'config.json: num_experts_per_tok is too large')
-    if (vision := config.get('vision_config')) is not None:
-        sam, clip = vision['width']['sam_vit_b'], vision['width']['clip-l-14-224']
+    """config.json, as a dict, to a DecoderConfig with its VisionConfig. Raises ValueError for what
+    the decoder does not do."""
+    language = dict(config.get('language_config', config))
+    language |= language.get('rope_scaling') or {}
+    language |= language.get('rope_parameters') or {}       # transformers 5 has rope_theta in here
+    for name, values in SUPPORTED.items():
+        for value in (config.get(name), language.get(name)):
+            if value is not None and value not in values:
+                raise ValueError(f'{name} {value!r} is not supported')
+
+    sizes = DecoderConfig()
+    sizes.n_routed_experts = 0                              # a dense model does not mention them
+    for field in fields(DecoderConfig):
+        value = language.get(field.name)
+        if isinstance(value, list):                         # of ids that end a text
+            sizes.eos_token_id = value
+        elif value is not None:
+            setattr(sizes, field.name, field.type(value))
+        elif field.name in language and 'token_id' in field.name:
+            raise ValueError(f'{field.name} is null')
+    if language.get('num_key_value_heads') is None:
+        sizes.num_key_value_heads = sizes.num_attention_heads
+    head_dim = sizes.hidden_size // sizes.num_attention_heads
+    if language.get('head_dim', head_dim) != head_dim:
+        raise ValueError(f'head_dim {language["head_dim"]} is not {head_dim}')
+    if sizes.bos_token_id >= sizes.vocab_size:
+        raise ValueError('bos_token_id is not below vocab_size')
+    if 0 < sizes.n_routed_experts < sizes.num_experts_per_tok:
+        raise ValueError('num_experts_per_tok is more than n_routed_experts')
+
+    vision = config.get('vision_config') or {}
+    width = vision.get('width')
+    if isinstance(width, dict) and 'clip-l-14-224' in width:        # DeepSeek-OCR 2 has no CLIP
+        sam, clip = width['sam_vit_b'], width['clip-l-14-224']
         sizes.vision = VisionConfig(
-            vision['image_size'], sam['width'], sam['layers'], sam['heads'], tuple(sam['global_attn_indexes']),
-            clip['width'] // 4, clip['width'], clip['layers'], clip['heads'], 4 * clip['width'])
+            image_size=vision['image_size'],
+            sam_width=sam['width'],
+            sam_layers=sam['layers'],
+            sam_heads=sam['heads'],
+            sam_global=tuple(sam['global_attn_indexes']),
+            clip_width=clip['width'],
+            clip_layers=clip['layers'],
+            clip_heads=clip['heads'],
+        )
     return sizes
 
+# ---- tensors
+
 def open_tensors(folder):
-    """The tensors of a folder, or of its index if it has one: {name: the open safetensors file}. Raises ValueError."""
-    index, shards, stored = folder / 'model.safetensors.index.json', folder.glob('*.safetensors'), {}
-    names = read_json(index)['weight_map'].values() if index.exists() else (path.name for path in shards)
-    for path in sorted({folder / name for name in names}):
-        with explain(f'{path}: missing, truncated or not a safetensors file'):
-            file = safetensors.safe_open(path, 'pt')
-            stored.update(dict.fromkeys(file.keys(), file))
-    check(stored, f'{folder}: no *.safetensors, so no weights')
+    """The tensors of a folder: {name: the open safetensors file that has it}. They are those of
+    model.safetensors or else of the index, each from its own file, and no others. Raises ValueError
+    or OSError."""
+    index = folder / 'model.safetensors.index.json'
+    if (folder / 'model.safetensors').exists():
+        file_of = {}
+        files = ['model.safetensors']
+    elif index.exists():
+        file_of = read_json(index)['weight_map']
+        files = sorted(set(file_of.values()))
+    else:
+        raise ValueError(f'{folder}: no model.safetensors, so no weights')
+    stored = {}
+    for name in files:
+        try:
+            file = safetensors.safe_open(folder / name, 'pt')
+        except safetensors.SafetensorError as e:
+            raise ValueError(f'{folder / name}: truncated or not a safetensors file ({e})') from e
+        for tensor in file.keys():
+            if file_of.get(tensor, name) == name:
+                stored[tensor] = file
     return stored
 
+def part_of(name):
+    """Which part of a model a released tensor belongs to: a regime, 'decoder', or None for what a
+    file may have but the model does not need."""
+    if name.startswith('model.qwen2_model.') or name.endswith('rotary_emb.inv_freq'):
+        return None                         # DeepSeek-OCR 2's encoder; a table that rotary() makes
+    if name.startswith(('model.sam_model.', 'model.vision_model.', 'model.projector.',
+                        'model.image_newline', 'model.view_seperator')):
+        return 'vision'
+    prefix = name.split('.', 1)[0]
+    return prefix if prefix in ENCODERS else 'decoder'
+
 def released_tensors(model, regime):
-    """{released name: tensor} of an Autoencoder: views of its own parameters, experts one by one."""
-    tensors, prefix = {}, {'decoder': 'model', 'encoder': 'model' if regime == 'vision' else regime}
-    for name, p in model.state_dict().items():
+    """{released name: tensor} of an Autoencoder: views of its parameters, experts one by one."""
+    tensors = {}
+    # A layer that is used twice comes once here.
+    for name, p in [*model.named_parameters(), *model.named_buffers()]:
+        p = p.detach()
         part, rest = name.split('.', 1)
-        name = rest if name == 'decoder.lm_head.weight' else f'{prefix[part]}.{rest}'
-        if part == 'decoder' and '.experts.' in name:
-            tensors |= {name.replace('experts.', f'experts.{e}.') + '.weight': expert for e, expert in enumerate(p)}
+        if part == 'encoder' and regime != 'vision':
+            tensors[f'{regime}.{rest}'] = p
+        elif rest == 'lm_head.weight':
+            tensors[rest] = p
+        elif '.experts.' in rest:
+            layer, kind = rest.split('.experts.')
+            for e, expert in enumerate(p):
+                matrices = {kind: expert}
+                if kind == 'gate_up_proj':
+                    gate, up = expert.chunk(2)
+                    matrices = {'gate_proj': gate, 'up_proj': up}
+                for kind_in_file, matrix in matrices.items():
+                    tensors[f'model.{layer}.experts.{e}.{kind_in_file}.weight'] = matrix
         else:
-            tensors[name] = p
+            tensors[f'model.{rest}'] = p
     return tensors
 
-def fill(model, regime, stored, device, source):
-    """Copy the tensors of open_tensors() into a model whose decoder is on the meta device and goes to `device`. Those
-    of another encoder are skipped. Raises ValueError for a tensor that is missing, unexpected or of another shape."""
-    expected = {name: list(tensor.shape) for name, tensor in released_tensors(model, regime).items()}
-    others = tuple(f'{name}.' for name in ENCODERS if name != regime) + (VISION if regime != 'vision' else ())
-    skipped = {name for name in stored if name.startswith(others)}
+def fill(model, regime, stored, source):
+    """Copy the tensors of open_tensors() into a model. Those of another encoder are skipped. Raises
+    ValueError for a tensor that is missing, unexpected or of another shape."""
+    needed = released_tensors(model, regime)
+    skipped = [name for name in stored if part_of(name) not in ('decoder', regime)]
     if skipped:
         print(f'{source}: skipped {len(skipped)} tensors of another encoder ({min(skipped)} ...)')
-    for name in sorted(expected.keys() | stored.keys() - skipped):
-        found = stored[name].get_slice(name).get_shape() if name in stored else 'missing'
-        needed = expected.get(name, 'no such tensor')
-        check(found == needed, f'{source}: tensor {name} is {found}, {regime} needs {needed}')
-    model.decoder.to_empty(device=device)
-    for name, tensor in released_tensors(model, regime).items():              # again, since the decoder has moved
-        tensor.copy_(stored[name].get_tensor(name))
+    for name in stored:
+        if name == 'lm_head.weight' and name not in needed:         # stored although it is tied
+            tied = 'model.embed_tokens.weight'
+            if not torch.equal(stored[name].get_tensor(name), stored[tied].get_tensor(tied)):
+                raise ValueError(f'{source}: tied embeddings, but {name} is not {tied}')
+        elif name not in needed and name not in skipped:
+            raise ValueError(f'{source}: tensor {name} is not one that {regime} needs')
+    for name, tensor in needed.items():
+        if name not in stored:
+            raise ValueError(f'{source}: tensor {name} is missing')
+        found = stored[name].get_tensor(name)
+        if found.shape != tensor.shape:
+            raise ValueError(f'{source}: tensor {name} is {list(found.shape)}, {regime} needs '
+                             f'{list(tensor.shape)}')
+        tensor.copy_(found)
 
-def load(source, regime, context, objective='reconstruction', hybrid=0, device='cpu', dtype=torch.float32, **settings):
-    """Build an Autoencoder from a preset, a folder or a hub id -> model, tokenizer, config with these choices as "run".
-    context: tokens in a segment. settings: keywords of the encoder's class; None is its default. An encoder that the
-    checkpoint does not have starts from random weights. Raises ValueError or OSError for what does not exist or fit."""
-    config = copy.deepcopy(PRESETS[source]) if source in PRESETS else read_json(fetch(source) / 'config.json')
-    stored = {} if source in PRESETS else open_tensors(fetch(source))
-    run, known = config.get('run', {}), settings_of(ENCODERS[regime])
-    settings = {name: value for name, value in settings.items() if value is not None}
-    for name in settings.keys() - known.keys():
-        raise ValueError(f'--{name}: not a setting of {regime}, which has {", ".join(known) or "none"}')
-    most = context if objective == 'lm' else max(context - 1, 0)
-    check(0 <= hybrid <= most, f'--hybrid_text_tokens {hybrid}: must leave some of the {context} context tokens')
-    with explain(f'{source}: config.json does not describe a model'), torch.device('meta' if stored else device):
+# ---- models
+
+def load(source, regime, context, objective='reconstruction', hybrid=0, device='cpu',
+         dtype=torch.float32, **settings):
+    """Build an Autoencoder -> model, tokenizer, config.
+
+    source: a preset, a folder or a hub id. context: tokens in a segment. settings: keywords of the
+    encoder's class. config is config.json with these choices as "run". An encoder that the
+    checkpoint does not have starts from random weights. Raises ValueError or OSError for what does
+    not exist or does not fit."""
+    # the settings
+    if regime not in ENCODERS:
+        raise ValueError(f'{source}: its encoder, {regime}, is not registered in ENCODERS')
+    known = settings_of(ENCODERS[regime])
+    for name in settings:
+        if name not in known:
+            raise ValueError(f'--{name}: not a setting of {regime}, which has '
+                             f'{", ".join(known) or "none"}')
+    if not 0 <= hybrid <= context:
+        raise ValueError(f'--hybrid_text_tokens {hybrid}: not between 0 and {context}')
+
+    # config.json, the files, the decoder, the tokenizer
+    if source in PRESETS:
+        config = copy.deepcopy(PRESETS[source])
+        stored = {}
+    else:
+        config = read_json(fetch(source, '*.json') / 'config.json')
+        stored = open_tensors(fetch(source, '*.safetensors'))
+    try:
         sizes = sizes_from(config)
-        decoder = Decoder(sizes).to(dtype)     # on meta: no memory and no random numbers for what will be read
-    with torch.device(device):                 # the checkpoint may not have this encoder
-        encoder = ENCODERS[regime](sizes, context, **settings).to(dtype)
-    tokenizer, prompt = tokenizer_of(source), getattr(encoder, 'prompt', '')
-    for special in set(re.findall(r'<\|.*?\|>', prompt)) - tokenizer.special_tokens_set:
-        raise ValueError(f'--vision_prompt: the tokenizer has no {special}')
-    model = Autoencoder(encoder, decoder, objective, tokenizer.encode(prompt, allowed_special='all'), hybrid)
+        # What will be read is on the meta device, where it takes neither memory nor time.
+        with torch.device('meta' if stored else device):
+            decoder = Decoder(sizes).to(dtype)
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError) as e:
+        raise ValueError(f'{source}: config.json describes no model ({e})') from e
+    if regime == 'vision' and 'vision_config' in config and sizes.vision is None:
+        raise ValueError(f'{source}: its vision encoder is not SAM and CLIP, as DeepSeek-OCR has')
+    tokenizer = tokenizer_of(source)
+    if tokenizer.n_vocab > sizes.vocab_size:
+        raise ValueError(f'{source}: the tokenizer has ids up to {tokenizer.n_vocab - 1}, beyond '
+                         f'the vocab_size {sizes.vocab_size}')
 
-    has_encoder = any(name.startswith(VISION if regime == 'vision' else f'{regime}.') for name in stored)
+    # the model
+    with torch.device(device):
+        encoder = ENCODERS[regime](sizes, context, **settings).to(dtype)
+    prompt = tokenizer.encode(getattr(encoder, 'prompt', ''), allowed_special='all')
+    model = Autoencoder(encoder, decoder, objective, prompt, hybrid)
+
+    # the weights
+    has_encoder = any(part_of(name) == regime for name in stored)
     if stored:
-        fill(model if has_encoder else torch.nn.ModuleDict({'decoder': decoder}), regime, stored, device, source)
+        decoder.to_empty(device=device)
+        in_the_file = model if has_encoder else torch.nn.ModuleDict({'decoder': decoder})
+        fill(in_the_file, regime, stored, source)
+    if not has_encoder and hasattr(encoder, 'start_from'):
+        encoder.start_from(decoder)
     if stored and not has_encoder and list(encoder.parameters()):
         print(f'{source}: has no {regime} encoder, so it starts from random weights')
-    for name, p in known.items():
-        value = getattr(encoder, name, None)   # the resolved value of a default of None
-        settings[name] = value if isinstance(value, (int, float, str)) else settings.get(name, p.default)
-    run = {**run, 'regime': regime, 'context': context, 'objective': objective, 'hybrid': hybrid, 'settings': settings,
-           'pretrained_encoder': has_encoder and run.get('pretrained_encoder', True)}
-    return model, tokenizer, {**config, 'run': run}
+
+    # what save() stores of these choices
+    stored_settings = {}
+    for name, parameter in known.items():
+        value = getattr(encoder, name, None)                # a default of None is resolved there
+        if not isinstance(value, (int, float, str)):
+            value = settings.get(name, parameter.default)
+        stored_settings[name] = value
+    run = config.get('run', {})
+    config['run'] = {
+        **run,
+        'regime': regime,
+        'context': context,
+        'objective': objective,
+        'hybrid': hybrid,
+        'settings': stored_settings,
+        'pretrained_encoder': has_encoder and run.get('pretrained_encoder', True),
+    }
+    return model, tokenizer, config
 
 def load_run(folder, device='cpu', dtype=torch.float32):
-    """load() with the choices that a run was made with."""
-    with explain(f'{folder}: not a run of train.py; a plain model goes to --model'):
-        run = read_json(fetch(folder) / 'config.json')['run']
-        choices = {**run['settings'], **{name: run[name] for name in ('regime', 'context', 'objective', 'hybrid')}}
-    check(run['regime'] in ENCODERS, f'{folder}: its encoder, {run["regime"]}, is not registered in encoders.py')
-    return load(folder, device=device, dtype=dtype, **choices)
+    """load() with the choices that a run was made with. Raises ValueError or OSError."""
+    run = read_json(fetch(folder, '*.json') / 'config.json').get('run')
+    try:
+        choices = [run[name] for name in ('regime', 'context', 'objective', 'hybrid')]
+        settings = {**run['settings']}
+    except (TypeError, KeyError) as e:
+        raise ValueError(f'{folder}: no run of train.py; a plain model goes to --model') from e
+    return load(folder, *choices, device, dtype, **settings)
+
+# ---- saving
 
 def write_atomic(path, write):
-    """Have write(path) fill a temporary file, flush it to disk and rename it, so that `path` is always whole."""
+    """Have write(path) fill a temporary file, flush it to disk and rename it, so that `path` is
+    always whole."""
     temporary = path.with_name(path.name + '.tmp')
     try:
-        with explain(f'{path}: cannot be written'):
-            write(temporary)
-            with open(temporary, 'rb+') as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
+        write(temporary)
+        with open(temporary, 'rb+') as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 def save(tensors, config, folder, step=0, source=None):
-    """Write released_tensors(), in their own dtype, and load()'s config as a checkpoint folder. The weights are renamed
-    last and carry the step. Tokenizer and code are copied from the folder `source`. Raises ValueError or OSError."""
+    """Write released_tensors(), in their own dtype, and load()'s config as a checkpoint folder. The
+    weights carry the step and are renamed last: a folder with model.safetensors is a whole save.
+    source: the folder whose tokenizer is copied. Raises OSError."""
     folder = Path(folder)
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    for file in [*Path(source).glob('*token*.json'), *Path(source).glob('*.py')] if source else []:
-        write_atomic(folder / file.name, lambda path: path.write_bytes(file.read_bytes()))
-    write_atomic(folder / 'config.json', lambda path: path.write_text(json.dumps(config, indent=1), encoding='utf-8'))
-    write_atomic(folder / 'model.safetensors',
-                 lambda path: safetensors.torch.save_file(tensors, path, {'format': 'pt', 'step': str(step)}))
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    dtype = next(iter(tensors.values())).dtype
+    config = {**config, 'torch_dtype': str(dtype).removeprefix('torch.')}
 
-def main(argv=None):
-    """The command line: a run's weights in bf16, in a new folder."""
-    parser = argparse.ArgumentParser(description="Write a run's weights in bf16, with DeepSeek-OCR's names.")
-    parser.add_argument('run', help='folder of a run')
-    parser.add_argument('--export', required=True, metavar='DIR', help='new folder for the checkpoint')
-    args = parser.parse_args(argv)
-    check(not Path(args.export).exists(), f'{args.export}: exists already')
-    model, _, config = load_run(args.run, dtype=torch.bfloat16)
-    save(released_tensors(model, config['run']['regime']), config, args.export, source=args.run)
-    print(f'{args.export}: written in bf16')
+    def write_weights(path):
+        metadata = {'format': 'pt', 'step': str(step)}
+        safetensors.torch.save_file(tensors, path, metadata)
+        umask = os.umask(0)                                 # the only way to read it is to set it
+        os.umask(umask)
+        path.chmod(0o666 & ~umask)                          # safetensors makes the file private
 
-if __name__ == '__main__':
-    run_main(main)
+    if source is not None and Path(source) != folder:
+        for file in Path(source).glob('*token*.json'):
+            content = file.read_bytes()
+            write_atomic(folder / file.name, lambda path: path.write_bytes(content))
+    text = json.dumps(config, indent=1)
+    write_atomic(folder / 'config.json', lambda path: path.write_text(text, encoding='utf-8'))
+    write_atomic(folder / 'model.safetensors', write_weights)

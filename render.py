@@ -1,139 +1,157 @@
 """
-Text to page image: the paper's page, in the largest type at which the whole text fits.
+Text to page image: the paper's page, in the largest font at which the whole text fits.
 
-    python render.py FILE --size 640 --out page.png        what the vision encoder sees of a text file
+    python render.py FILE --size 640 --out page.png       what the vision encoder sees of a text
 
-Words are wrapped greedily, and one that is wider than the page runs off its right edge. White space only separates
-words. Pages equal those of data/scripts/prepare_training_data.py in the paper's code, pixel for pixel. Each word is
-measured and drawn once and then reused: that takes less than a twentieth of the time.
+Words are wrapped greedily, and a word wider than the page runs off its right edge. White space only
+separates words. Pages equal those of data/scripts/prepare_training_data.py in the paper's code,
+pixel for pixel, with Pillow's BASIC layout.
 """
 import argparse
-import os
 import sys
-import traceback
-from bisect import bisect_left, bisect_right
-from contextlib import contextmanager
+import unicodedata
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
+import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 @lru_cache(maxsize=64)
 def load_font(name, size):
-    """The font with this name or file at `size` pixels, or matplotlib's copy of it. Raises ValueError."""
-    basic = ImageFont.Layout.BASIC          # Pillow's other layout engine draws different pages where it is installed
-    with explain(f'{name}: no such font file; pip install matplotlib brings DejaVuSans.ttf'):
-        try:
-            return ImageFont.truetype(name, size, layout_engine=basic)
-        except OSError:
-            import matplotlib
-            return ImageFont.truetype(f'{matplotlib.get_data_path()}/fonts/ttf/{name}', size, layout_engine=basic)
+    """The font in a file, or the one of that name that matplotlib brings, at `size` pixels.
+    Raises ValueError if there is none or if it cannot be read."""
+    path = Path(name)
+    if not path.exists():
+        path = Path(matplotlib.get_data_path(), 'fonts/ttf', name)
+    if not path.exists():
+        raise ValueError(f'{name}: no such font file')
+    try:
+        # Pillow's other layout engine draws different pages where it is installed.
+        return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+    except OSError as e:
+        raise ValueError(f'{name}: this font cannot be read') from e
 
-# Of a font and a word: how far the pen moves; left, top, right and bottom of the ink; the ink and where it lies.
-advance = lru_cache(maxsize=200_000)(ImageFont.FreeTypeFont.getlength)
-extent = lru_cache(maxsize=200_000)(ImageFont.FreeTypeFont.getbbox)
-rasterize = lru_cache(maxsize=100_000)(ImageFont.FreeTypeFont.getmask2)
+@lru_cache(maxsize=200_000)
+def advance(font, word):
+    """How far a word moves the pen, in pixels."""
+    return font.getlength(word)
 
-@lru_cache(maxsize=100_000)
-def lacks(font, character):
-    """Whether the font lacks a character: then it draws the same box as for U+10FFFF, which no font has."""
-    (ink, corner), (box, box_corner) = (font.getmask2(c, 'L') for c in (character, '\U0010ffff'))
-    return (bytes(ink), ink.size, corner) == (bytes(box), box.size, box_corner)
+@lru_cache(maxsize=200_000)
+def extent(font, word):
+    """Where the ink of a word begins and ends, in pixels from the pen."""
+    left, _, right, _ = font.getbbox(word)
+    return left, right
 
-def ink_width(font, line):
-    """Pixels from the first ink to the last of a line of (x, word)."""
-    (_, first), (x, last) = line[0], line[-1]
-    if x % 1:                                                     # kerning moves by 1/64 of a pixel, and Pillow rounds
-        left, _, right, _ = font.getbbox(' '.join(word for _, word in line))
-        return right - left
-    return x + extent(font, last)[2] - extent(font, first)[0]
+def ink_width(font, line, pen, word, width):
+    """Pixels of ink in a line and one more word, which begins at `pen`; exact near `width`."""
+    first_word = line.split(' ', 1)[0]
+    ink = pen + extent(font, word)[1] - extent(font, first_word)[0]
+    # Kerning moves the pen by fractions of a pixel, which Pillow rounds. Where that may matter,
+    # measure the line as a whole.
+    if abs(ink - width) < 2:
+        left, right = extent(font, f'{line} {word}')
+        ink = right - left
+    return ink
 
-def wrap(words, font, width):
-    """Yield lines as lists of (x, word) with the pen at x: greedy, at most `width` pixels of ink in each."""
-    line, x, space, near = [], 0, advance(font, ' '), font.size     # the ink ends near the pen
-    for word in words:
-        end = x + advance(font, word)
-        if line and end > width - near and (end > width + near or ink_width(font, [*line, (x, word)]) > width):
+def wrap(text, font, width):
+    """Yield the lines of a text, broken greedily, with at most `width` pixels of ink in each."""
+    line, pen = '', 0
+    space = advance(font, ' ')
+    for word in text.split():
+        length = advance(font, word)
+        near_edge = pen + length > width - font.size           # ink ends near the pen
+        if line and near_edge and ink_width(font, line, pen, word, width) > width:
             yield line
-            line, x, end = [], 0, advance(font, word)
-        line.append((x, word))
-        x = end + space
+            line, pen = '', 0
+        line = f'{line} {word}' if line else word
+        pen += length + space
     if line:
         yield line
 
+def largest(low, high, fits):
+    """The largest n from low to high with fits(n), found by halving; low if there is none."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+@lru_cache(maxsize=100_000)
+def can_draw(font, character):
+    """Whether the font has a character, and draws it as it is read. Pillow's BASIC layout neither
+    joins Arabic letters nor reverses Hebrew."""
+    ink, corner = font.getmask2(character, 'L')
+    box, box_corner = font.getmask2('\U0010ffff', 'L')       # drawn for whatever a font lacks
+    is_box = (bytes(ink), ink.size, corner) == (bytes(box), box.size, box_corner)
+    return not is_box and unicodedata.bidirectional(character) not in ('R', 'AL')
+
+def letters_drawn(font, line, width, drawable):
+    """How many letters of a line are on the page: within `width` pixels, and in `drawable`."""
+    inside = line
+    is_one_word = ' ' not in line                     # otherwise wrap() has made it short enough
+    if is_one_word and advance(font, line) > width:
+        n = largest(0, len(line), lambda n: font.getlength(line[:n]) <= width)
+        inside = line[:n]
+    return sum(character in drawable for character in inside)
+
 def render_page(text, size, font='DejaVuSans.ttf', font_size=None, line_spacing=1.2, margin=0.05):
-    """Draw text on a page of size x size pixels -> RGB image, type size, lines drawn, characters that are not on it:
-    lines below its end, letters that run off its edge, characters that the font lacks. font_size: in pixels; None is
-    the largest of 4 to 30 at which all lines fit, or 4. line_spacing: in type sizes. margin: as a share of the page.
-    font: a name or file; ValueError if there is none."""
-    words, edge = text.split(), int(margin * size)
+    """Draw a text on a white page of size x size pixels.
+
+    font: a name or a file. font_size: in pixels; None is the largest of 4 to 30 at which all lines
+    fit, or 4. line_spacing: in font sizes. margin: a share of the page.
+    Returns the RGB image, the font size, the number of lines on it, and how many characters of the
+    text are missing from it: lines below its end, letters beyond its right edge, and characters
+    that the font cannot draw. Raises ValueError if there is no such font."""
+    edge = int(margin * size)
     room = size - 2 * edge
-    step = lambda type_size: max(int(line_spacing * type_size), 1)
-    rows = lambda type_size: room // step(type_size)
-    fits = lambda type_size: not any(islice(wrap(words, load_font(font, type_size), room), rows(type_size), None))
-    font_size = font_size or 30 - bisect_left(range(30, 4, -1), True, key=fits)
+
+    def step(font_size):
+        """Pixels from one line to the next."""
+        return max(int(line_spacing * font_size), 1)
+
+    def fits(font_size):
+        lines = wrap(text, load_font(font, font_size), room)
+        most = room // step(font_size)
+        return len(list(islice(lines, most + 1))) <= most
+
+    if font_size is None:
+        font_size = largest(4, 30, fits)
     face = load_font(font, font_size)
-    lines = list(islice(wrap(words, face, room), rows(font_size)))
-    lost, boxes = len(' '.join(words[sum(map(len, lines)):])), {c for c in set(text) if lacks(face, c)}
+    lines = list(wrap(text, face, room))
+    most = room // step(font_size)
+    drawable = {character for character in set(text) if can_draw(face, character)}
+    drawable.add(' ')
+
     page = Image.new('L', (size, size), 'white')
-    draw = ImageDraw.Draw(page).draw                              # as ImageDraw.text() does, but a word is drawn once
-    for i, line in enumerate(lines):
-        for x, word in line:
-            ink, (left, top) = rasterize(face, word, 'L', start=(x % 1, 0))
-            draw.draw_bitmap((edge + int(x) + left, edge + i * step(font_size) + top), ink, 0)
-            inside = len(word)
-            if edge + x + advance(face, word) > size:
-                inside = bisect_right(range(inside), size - edge - x, key=lambda n: face.getlength(word[:n + 1]))
-            lost += len(word) - inside + (sum(c in boxes for c in word[:inside]) if boxes else 0)
-    return page.convert('RGB'), font_size, len(lines), lost
-
-def check(condition, message):
-    """Raise ValueError with this message, which names the file or flag, unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
-
-@contextmanager
-def explain(message):
-    """Raise any exception of the block as a ValueError: this message and the cause."""
-    try:
-        yield
-    except Exception as e:
-        raise ValueError(f'{message} ({(str(e) or type(e).__name__).splitlines()[0]})') from e
-
-def read_text(path):
-    """The text of a UTF-8 file, without a byte-order mark. Raises ValueError for other encodings and binary files."""
-    with explain(f'{path}: cannot be read as UTF-8 text'):
-        text = Path(path).read_bytes().decode('utf-8-sig')
-        check('\0' not in text, 'it has null characters')
-        return text
-
-def run_main(main):
-    """Call main(). OSError, ImportError and a ValueError of this folder are a user's mistakes: one line on stderr, exit
-    code 1. Anything else is a bug and keeps its traceback; DEBUG=1 shows all of them."""
-    sys.stdout.reconfigure(errors='replace')                      # '?' for what a console cannot show
-    try:
-        main()
-    except (Exception, KeyboardInterrupt) as e:
-        ours = Path(traceback.extract_tb(e.__traceback__)[-1].filename).parent == Path(__file__).parent
-        if os.environ.get('DEBUG') or not (isinstance(e, (OSError, ImportError)) or isinstance(e, ValueError) and ours):
-            # Raised again, it would keep a data loader alive and wait forever for workers, which ignore SIGTERM.
-            sys.exit(traceback.format_exc())
-        package = (getattr(e, 'name', None) or '').split('.')[0]
-        sys.exit(' '.join(f'{e}'.split()) + (f'; pip install {package}' if package else ''))
+    draw = ImageDraw.Draw(page)
+    missing = len(' '.join(lines[most:]))
+    for i, line in enumerate(lines[:most]):
+        draw.text((edge, edge + i * step(font_size)), line, fill='black', font=face)
+        missing += len(line) - letters_drawn(face, line, size - edge, drawable)
+    return page.convert('RGB'), font_size, len(lines[:most]), missing
 
 def main(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description='Draw a text file as the page that the vision encoder sees.')
+    parser = argparse.ArgumentParser(
+        description='Draw a text file as the page that the vision encoder sees.')
     parser.add_argument('file', help='UTF-8 text')
     parser.add_argument('--size', type=int, default=640, help='page side in pixels (default 640)')
     parser.add_argument('--out', default='page.png', help='PNG file to write (default page.png)')
     args = parser.parse_args(argv)
-    check(0 < args.size <= 10_000, f'--size {args.size}: must be above 0 and at most 10000')
-    text = ' '.join(read_text(args.file).split())
-    page, font_size, lines, lost = render_page(text, args.size)
-    page.save(args.out, 'PNG')
-    print(f'{args.out}: type size {font_size}, {lines} lines, {lost} of {len(text)} characters are not on it')
+    if not 0 < args.size <= 10_000:
+        parser.error(f'--size {args.size}: must be above 0 and at most 10000')
+    try:
+        text = Path(args.file).read_text(encoding='utf-8-sig')
+        page, font_size, n_lines, missing = render_page(text, args.size)
+        page.save(args.out, 'PNG')
+    except (OSError, ValueError) as e:
+        sys.exit(f'{args.file}: {e}')
+    n_characters = len(' '.join(text.split()))
+    print(f'{args.out}: font size {font_size}, {n_lines} lines, '
+          f'{missing} of {n_characters} characters are missing from the page')
 
 if __name__ == '__main__':
-    run_main(main)
+    main()

@@ -5,7 +5,7 @@ Factual recall: does a memory still hold the fact that the continuation needs?
 
 A fact is a word that has a digit, begins with a capital, or is rare (in at most one in a hundred of the contexts). Its
 tokens count where it first occurs in the continuation, if it occurs in the context but not in the last `--kept` tokens
-of it. Truncation to those has lost the answer, the whole context has it. For languages with spaces between words.
+of it. Truncation to those tokens has lost the answer; the whole context still has it. For languages with spaces between words.
 """
 import argparse
 import re
@@ -18,9 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import Batches                                      # noqa: E402
-from eval import evaluate, pick_device                        # noqa: E402
-from load_deepseek import load_run                            # noqa: E402
-from render import run_main                                   # noqa: E402
+from eval import autocast, pick_device, to_device             # noqa: E402
+from load_deepseek import load_run, run_main                  # noqa: E402
 
 # Letters and digits in UTF-8. What begins with C2 or E2 is punctuation and symbols.
 WORD = re.compile(rb'(?:[0-9A-Za-z]|[\xc3-\xe1\xe3-\xf4][\x80-\xbf]+)+')
@@ -70,9 +69,16 @@ def main(argv=None):
         data, size = args.data or run['data'], getattr(model.encoder, 'image_size', None)
         kept = run['context'] // 4 if args.kept is None else args.kept
         common = common_words(Batches(data, 'val', 1, tokenizer, limit=1000), tokenizer)
-        facts = lambda batch: fact_tokens(batch, tokenizer, kept, common)
         batches = Batches(data, 'val', args.batch_size, tokenizer, size)
-        losses = [evaluate(model, batches, device, mask=mask)['loss'] for mask in (facts, lambda batch: ~facts(batch))]
+        on_facts, on_rest = [], []
+        for n in range(len(batches)):
+            batch = batches[n]
+            with torch.no_grad(), autocast(device):
+                losses = model.eval()(to_device(batch, device))[0].cpu()
+            is_fact = fact_tokens(batch, tokenizer, kept, common)
+            on_facts.append(losses[is_fact])
+            on_rest.append(losses[~is_fact])
+        losses = [torch.cat(parts).mean().item() for parts in (on_facts, on_rest)]
         print(f'| {folder} | ' + ' | '.join(f'{loss:.3f}' for loss in losses) + ' |')
 
 if __name__ == '__main__':

@@ -4,7 +4,7 @@
 #   bash results/gpu.sh right                     the same text and losses as on the CPU, then the tests
 #   bash results/gpu.sh fast                      samples a second at full size, a profile, the structure of the authors' code
 #   bash results/gpu.sh more                      the other regimes and batches, and the recipe for small cards
-#   bash results/gpu.sh evidence SMOLLM2 WIKI     twelve rows of the grid with SmolLM2-135M; a second call goes on
+#   bash results/gpu.sh evidence SMOLLM2 WIKI     twelve rows of a comparison with SmolLM2-135M; call it again to continue
 #
 # A stage appends to $OUT/STAGE.txt as it goes (OUT is gpu_logs if it is not set), and the logs of its runs to STAGE.jsonl.
 # A step that fails or takes too long is noted there and stops nothing else. SMOLLM2: a folder with SmolLM2-135M, or
@@ -29,9 +29,8 @@ right() {
   step 20 nvidia-smi
   echo 'The same page, read by the CPU and by the GPU.' > "$work/note.txt"
   step 60 python3 render.py "$work/note.txt" --size 256 --out "$work/page.png"
-  for d in cpu "$device"; do
-    step 90 python3 eval.py --model results/reader --image "$work/page.png" --max_new_tokens 200 --device "$d"
-  done
+  step 90 env CUDA_VISIBLE_DEVICES= python3 examples/read_page.py "$work/page.png" --model results/reader     # on the CPU
+  step 90 python3 examples/read_page.py "$work/page.png" --model results/reader
   # The same first weights on both: each device draws its own random numbers.
   step 60 python3 -c "
 from load_deepseek import load, released_tensors, save
@@ -39,7 +38,7 @@ model, _, config = load('tiny', 'meanpool', 128)
 save(released_tensors(model, 'meanpool'), config, '$work/initial')"
   for d in cpu "$device"; do
     step 120 python3 train.py --model "$work/initial" --context 128 --continuation 128 --device "$d" --steps 100 --log_steps 1 \
-      --no-compile --learning_rate 3e-3 --beta2 0.95 --gradient_accumulation_steps 1 --save_steps 0 --output_dir "$work/$d"
+      --no-compile --learning_rate 3e-3 --beta2 0.95 --gradient_accumulation_steps 1 --eval_steps 0 --output_dir "$work/$d"
     keep "$d"
   done
   step 240 python3 -m pytest -q tests/test_cuda.py
@@ -48,7 +47,7 @@ save(released_tensors(model, 'meanpool'), config, '$work/initial')"
 
 bench() {                      # name, flags: ten steps at full size, 1000 + 1000 tokens, 48 segments a step
   local name=$1; shift
-  step 170 python3 train.py --model full --data "$work/corpus" --device "$device" --steps 10 --log_steps 5 --save_steps 0 \
+  step 170 python3 train.py --model full --data "$work/corpus" --device "$device" --steps 10 --log_steps 5 --eval_steps 0 \
     --output_dir "$work/$name" "$@"
   keep "$name"                 # tokens_per_s / 1000 is samples a second; gib is the peak of the memory
 }
@@ -92,7 +91,7 @@ more() {
   bench conv125 --regime conv1d_residual --compression_target 125
   bench vision_small_4 --regime vision --vision_mode small --batch_size 4 --gradient_accumulation_steps 12 --no-compile
   bench text_6 --regime text --batch_size 6 --gradient_accumulation_steps 8
-  bench small_card --weights bf16 --optimizer adafactor --grad_checkpoint --batch_size 1 --gradient_accumulation_steps 48 --steps 5
+  bench small_card --weights bf16 --low_memory --batch_size 1 --gradient_accumulation_steps 48 --steps 5
   bench vision_small_4_compiled --regime vision --vision_mode small --batch_size 4 --gradient_accumulation_steps 12
   # With 80 GB a micro-batch has 8 segments: 16 are estimated to take 88 GB, 24 take 104.
   [ "$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -1)" -gt 100000 ] || return

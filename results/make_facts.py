@@ -1,8 +1,12 @@
-"""A corpus that asks for facts: python results/make_facts.py FILE.jsonl, then data.py with --context 128 --continuation 128.
+"""
+A corpus that asks for facts.
 
-Each document is 256 bytes: words that mean nothing, but for two pairs like "K=27" in its first half, which come back in the second.
-Who has the whole context can copy them, who has the end of it cannot; and as the words between are as hard for both, their
-perplexities differ much less than their losses on the pairs.
+    python results/make_facts.py facts.jsonl
+    python data.py facts.jsonl --out facts --model results/reader --context 128 --continuation 128
+
+Each document is 256 bytes of words that mean nothing, with two pairs such as "K=27" in its first half that come back in
+its second half. A model that sees the whole context can copy them; one that sees only its end cannot. The words between
+are equally hard for both, so their perplexities differ much less than their losses on the pairs.
 """
 import json
 import random

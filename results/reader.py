@@ -1,17 +1,20 @@
 """
-How to teach a small model to read: trains results/reader/, a DeepSeek-OCR of 9 million parameters, on pages of text.
+How to teach a small model to read: trains a DeepSeek-OCR of 9 million parameters, such as results/reader/, on pages of text.
 
-    python results/reader.py --data finewiki                train: a few hours on two CPU cores; --resume goes on
-    python results/reader.py --data finewiki --evaluate     character error rates on documents that are held out
+    python results/reader.py --data enwiki.jsonl                train: a few hours on two CPU cores, into out/reader
+    python results/reader.py --data enwiki.jsonl --resume       continue
+    python results/reader.py --data enwiki.jsonl --out results/reader --evaluate     error rates on held-out articles
 
 Trained on the next character alone, such a model learns to guess long before it learns to look, and stays there. So
 three helpers ask for what reading takes. Each is a linear layer that is thrown away at the end. The page is cut into
-cells of 8 x 16 pixels, and render.py tells which cell each character stands in.
+cells of 8 x 16 pixels, and the font tells which cell each character stands in.
 
-    patch    after SAM's neck: which characters stand in my two cells?                     what the letters are
-    square   each memory vector, 64 x 64 pixels: which characters stand in my 32 cells?    and in which order
-    where    the decoder, after its second and third layer: in which row and column of     and where to look next
-             cells does the next character stand?
+    patch     SAM's output for a patch of 16 x 16 pixels says which characters stand in its two cells:
+              the model learns what the letters look like.
+    square    Each memory vector, for a square of 64 x 64 pixels, says which characters stand in its 32 cells:
+              it learns to keep them in order.
+    where     The decoder's second and third layers say in which row and column of cells the next character stands:
+              it learns where to look next.
 
 And most texts cannot be guessed: in half of them the words are in random order, in another tenth even the letters are.
 """
@@ -29,13 +32,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import documents
-from decoder import Autoencoder, Decoder
-from encoders import Text, Vision
-from eval import edit_distance, text_of
-from load_deepseek import load, released_tensors, save, sizes_from, tokenizer_of, write_atomic
-from render import advance, load_font, render_page, run_main, wrap
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / 'examples')]
+from data import documents                                    # noqa: E402
+from decoder import Autoencoder, Decoder                      # noqa: E402
+from encoders import Text, Vision                             # noqa: E402
+from eval import text_of                                      # noqa: E402
+from load_deepseek import (load, released_tensors, run_main, save, sizes_from, tokenizer_of,  # noqa: E402
+                           write_atomic)
+from read_page import edit_distance                           # noqa: E402
+from render import load_font, render_page, wrap               # noqa: E402
 
 CONFIG = {'tokenizer': 'bytes', 'language_config': dict(
     vocab_size=259, hidden_size=256, intermediate_size=640, moe_intermediate_size=128, num_hidden_layers=5,
@@ -51,8 +57,8 @@ LENGTHS = 16, 32, 64, 96, 128, 128, 136, 144                  # bytes in the tex
 
 def articles(source, held_out):
     """The texts of at most 50,000 documents of a source of data.py. Every 20th is held out."""
-    texts = islice(documents(source, None, lambda *_: None), 50_000)
-    return [text for i, (text, _) in enumerate(texts) if (i % 20 == 0) == held_out]
+    texts = (text for _, text in documents(source) if text is not None)
+    return [text for i, text in enumerate(islice(texts, 50_000)) if (i % 20 == 0) == held_out]
 
 def passage(texts, rng, length, scramble):
     """Whole words, at most `length` bytes of them, from a random place; with `scramble`, not to be guessed."""
@@ -72,21 +78,26 @@ def passage(texts, rng, length, scramble):
 def draw(text):
     """A page (S, S) and the cell (row, column) of each character and of the text's end (n + 1, 2); None if a part of
     the text is not on the page."""
-    page, size, _, lost = render_page(text, SIDE)
-    font, edge, cells = load_font('DejaVuSans.ttf', size), int(0.05 * SIDE), []
-    for i, line in enumerate(wrap(text.split(), font, SIDE - 2 * edge)):
+    page, size, _, missing = render_page(text, SIDE)
+    if missing:
+        return None
+    font = load_font('DejaVuSans.ttf', size)
+    edge = int(0.05 * SIDE)
+    cells = []
+    for i, line in enumerate(wrap(text, font, SIDE - 2 * edge)):
         row = (edge + i * int(1.2 * size) + 0.6 * size) // CELL_H
-        for x, word in line:
-            pen = [edge + x + advance(font, word[:n]) for n in range(len(word) + 1)]
-            middles = [(a + b) / 2 for a, b in zip(pen, pen[1:])]
-            cells += [(row, min(x, SIDE - 1) // CELL_W) for x in [*middles, pen[-1]]]     # the last is the space's
-    return None if lost else (np.asarray(page)[..., 0], np.array(cells, int))
+        pen = [edge + font.getlength(line[:n]) for n in range(len(line) + 1)]
+        for letter, left, right in zip(line, pen, pen[1:]):
+            middle = left if letter == ' ' else (left + right) / 2
+            cells.append((row, min(middle, SIDE - 1) // CELL_W))
+        cells.append((row, min(pen[-1], SIDE - 1) // CELL_W))       # of the space that the line's end stands for
+    return np.asarray(page)[..., 0], np.array(cells, int)
 
 def padded(rows):
     return torch.tensor([row + [PAD] * (max(map(len, rows)) - len(row)) for row in rows])
 
 class Batches(torch.utils.data.Dataset):
-    """Batch n, a function of the seed and n alone, so that a run that was killed goes on as if it had not been."""
+    """Batch n, a function of the seed and n alone, so a run that was killed continues as if nothing had happened."""
 
     def __init__(self, texts, seed, batch_size):
         self.texts, self.seed, self.batch_size = texts, seed, batch_size
@@ -153,7 +164,7 @@ class Teacher(nn.Module):
         self.model = Autoencoder(Vision(sizes, 128), Decoder(sizes), 'reconstruction')
         self.lm = Autoencoder(Text(sizes, 256, text_context_tokens=0), self.model.decoder)    # no memory at all
         D, neck = sizes.hidden_size, self.model.encoder.sam_model.neck
-        self.patch, self.square = nn.Linear(sizes.vision.sam_neck, 2 * CLASSES), nn.Linear(D, 32 * CLASSES)
+        self.patch, self.square = nn.Linear(neck[0].out_channels, 2 * CLASSES), nn.Linear(D, 32 * CLASSES)
         self.row, self.column = nn.Linear(D, 64), nn.Linear(D, 64)
         self.seen = {}                         # what the helpers look at
         watched = {'patch': neck, 'square': self.model.encoder.projector.layers,
@@ -167,7 +178,9 @@ class Teacher(nn.Module):
         real = context != PAD
         mean = lambda x: (x * real).sum() / real.sum()
         self.model.prompt = prompt
-        loss, _, losses['balance'] = (self.model if 'image' in batch else self.lm)(batch)
+        model = self.model if 'image' in batch else self.lm
+        loss, _, extra = model(batch)
+        losses['balance'] = extra['balance_loss']
         losses['nats' if 'image' in batch else 'lm'] = mean(loss)
         if 'image' in batch:
             cells = batch['cell']                                                      # (B, S / 16, S / 8)
@@ -184,6 +197,9 @@ class Teacher(nn.Module):
         return losses
 
 def train(args):
+    if (Path(args.out) / 'model.safetensors').exists() and not args.resume:
+        raise ValueError(f'{args.out}: holds a model already; --evaluate measures it, --resume trains it further, '
+                         'and another --out leaves it alone')
     torch.manual_seed(args.seed)
     F.scaled_dot_product_attention = attention
     teacher, out = Teacher(), Path(args.out)
@@ -269,12 +285,12 @@ def evaluate(args):
 def main():
     parser = argparse.ArgumentParser(description='Train a small DeepSeek-OCR that reads, or measure how well it does.')
     parser.add_argument('--data', required=True, help='finewiki, or a file or folder of .txt .md .py .jsonl .parquet')
-    parser.add_argument('--out', default='out/reader', help='folder of weights, log and state')
+    parser.add_argument('--out', default='out/reader', help='folder for the weights, the log and the state (default out/reader)')
     parser.add_argument('--steps', type=int, default=10700)
     parser.add_argument('--decay', type=int, default=3500, help='the last steps, in which rates and helpers fade')
     parser.add_argument('--batch_size', type=int, default=32, help='pages in a step')
     parser.add_argument('--seed', type=int, default=1)
-    parser.add_argument('--resume', action='store_true', help='go on from the state in --out')
+    parser.add_argument('--resume', action='store_true', help='continue from the state in --out')
     parser.add_argument('--evaluate', action='store_true', help='measure the weights in --out instead')
     parser.add_argument('--pages', type=int, default=500, help='pages of each length to evaluate')
     args = parser.parse_args()

@@ -25,11 +25,9 @@ DEVICE = torch.device(sys.argv[1] if len(sys.argv) > 1 else 'cpu')
 GPU = DEVICE.type == 'cuda'
 B, T, TARGETS = 4 if GPU else 2, 1114, 1000
 
-
 def loop(x, weight, ends):
     bounds = [0] + ends.tolist()
     return torch.cat([x[a:b] @ w.T for a, b, w in zip(bounds, bounds[1:], weight)])
-
 
 def plain_moe(self, x):
     probs, top_p, top_e = self.route(x)
@@ -46,11 +44,9 @@ def plain_moe(self, x):
     y = (out.view(*top_p.shape, -1) * top_p[..., None]).sum(dim=2)
     return self.shared_experts(x) + y, balance_loss
 
-
 def plain_attention(q, k, v, **_):
     mask = torch.full((T, T), -torch.inf, device=q.device).triu(1)
     return (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5 + mask).softmax(dim=-1) @ v
-
 
 def seconds(model, ids, target, all_logits=False):
     start = time.perf_counter()
@@ -67,7 +63,6 @@ def seconds(model, ids, target, all_logits=False):
         torch.cuda.synchronize()
     return time.perf_counter() - start, loss
 
-
 def forward_flops(model, positions, targets):
     """FLOPs of a forward pass over a sequence: 2 per weight and position that uses it (logits at the targets only), and causal
     attention, in which a position sees half of the others."""
@@ -75,7 +70,6 @@ def forward_flops(model, positions, targets):
     weights = sum(p.numel() * (share if p.dim() == 3 else 1) for p in model.layers.parameters())        # 3 dims: experts
     attention = c.num_hidden_layers * c.hidden_size * positions
     return 2 * (positions * (weights + attention) + targets * c.hidden_size * c.vocab_size)
-
 
 def main():
     torch.manual_seed(0)
@@ -106,7 +100,6 @@ def main():
     for name, values in times.items():
         took = median(values)
         print(f'{name:6s} {took:.2f} s ({min(values[1:]):.2f} to {max(values[1:]):.2f}), {gflop / took:.0f} GFLOP/s, {median(times["plain"]) / took:.2f} times as fast as plain')
-
 
 if __name__ == '__main__':
     main()

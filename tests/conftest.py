@@ -18,27 +18,30 @@ sys.path.insert(0, str(ROOT))
 
 from decoder import Autoencoder, Decoder, DecoderConfig      # noqa: E402
 from encoders import ENCODERS, VisionConfig                   # noqa: E402
-from load_deepseek import released_tensors                    # noqa: E402
-from render import run_main                                   # noqa: E402
+from load_deepseek import released_tensors, run_main          # noqa: E402
 
 tqdm.set_lock(threading.RLock())                             # its own is shared with forks, and a killed one would keep it for ever
 
 GOLDENS = Path(__file__).parent / 'goldens'
+# What tokenizer.json of DeepSeek-V3 and of DeepSeek-OCR says of how a text is cut.
+CUTS = ('\\p{N}{1,3}', '[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+',
+        '[!"#$%&\'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+'
+        '| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+')
+DEEPSEEK_PASSES = {'type': 'Sequence', 'pretokenizers': [
+    *({'type': 'Split', 'pattern': {'Regex': cut}, 'behavior': 'Isolated', 'invert': False} for cut in CUTS),
+    {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}]}
 WEIGHTS = ('model.', 'lm_head.', 'conv1d_residual_', 'meanpool_')
-
 
 def golden(name):
     """(tensors, description) of one golden file; its bf16 weights are exact, so fp32 holds them."""
     tensors = {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in load_file(GOLDENS / f'{name}_tiny.safetensors').items()}
     return tensors, json.loads((GOLDENS / f'{name}_tiny.json').read_text(encoding='utf-8'))
 
-
 def fork(target, *args):
     """A started process that runs target(*args); a new interpreter would spend seconds on importing torch. POSIX only."""
     process = multiprocessing.get_context('fork').Process(target=target, args=args)
     process.start()
     return process
-
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(request, monkeypatch):
@@ -48,26 +51,21 @@ def on_the_cpu(request, monkeypatch):
         monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
     monkeypatch.delenv('DEBUG', raising=False)
 
-
 @pytest.fixture(scope='session')
 def decoder_golden():
     return golden('decoder')
-
 
 @pytest.fixture(scope='session')
 def vision_golden():
     return golden('sam_clip')
 
-
 @pytest.fixture(scope='session')
 def compressor_golden():
     return golden('compressors')
 
-
 @pytest.fixture(scope='session')
 def loss_golden():
     return golden('losses')
-
 
 @pytest.fixture(scope='session')
 def weights(decoder_golden, vision_golden, compressor_golden):
@@ -80,7 +78,6 @@ def weights(decoder_golden, vision_golden, compressor_golden):
     for old, new in rename:
         found = {k.replace(old, new): v for k, v in found.items()}
     return found
-
 
 @pytest.fixture
 def released(tmp_path, weights):
@@ -97,7 +94,7 @@ def released(tmp_path, weights):
     folder.mkdir()
     (folder / 'config.json').write_text(json.dumps(config), encoding='utf-8')
     letters = [chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
-    tokenizer = {'pre_tokenizer': {'pretokenizers': [{'type': 'Split', 'pattern': {'Regex': r}} for r in (r'\p{N}{1,3}', 'b', 'c')]},
+    tokenizer = {'pre_tokenizer': DEEPSEEK_PASSES,
                  'added_tokens': [{'content': '<bos>', 'id': 0}, {'content': '<eos>', 'id': 1}, {'content': '<pad>', 'id': 2}],
                  'model': {'vocab': {c: 3 + i for i, c in enumerate(letters)}, 'merges': []}}
     (folder / 'tokenizer.json').write_text(json.dumps(tokenizer), encoding='utf-8')
@@ -110,14 +107,12 @@ def released(tmp_path, weights):
     (folder / 'model.safetensors.index.json').write_text(json.dumps(index), encoding='utf-8')
     return folder
 
-
 def golden_config():
     """The sizes of the golden files."""
     return DecoderConfig(vocab_size=512, hidden_size=64, intermediate_size=176, moe_intermediate_size=48, num_hidden_layers=3,
                          num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, num_experts_per_tok=3,
-                         vision=VisionConfig(sam_width=48, sam_layers=4, sam_heads=4, sam_global=(1, 3), sam_neck=16, clip_width=64,
-                                             clip_layers=3, clip_heads=4, clip_mlp=256))
-
+                         vision=VisionConfig(sam_width=48, sam_layers=4, sam_heads=4, sam_global=(1, 3), clip_width=64,
+                                             clip_layers=3, clip_heads=4))
 
 def golden_model(weights, regime, context=1000, objective='reconstruction', prompt=(), hybrid=0, **settings):
     """An Autoencoder of ours with the golden weights."""
@@ -128,13 +123,11 @@ def golden_model(weights, regime, context=1000, objective='reconstruction', prom
         tensor.copy_(weights[name])
     return model
 
-
 def golden_image(size, k=0):
     """The image that the golden files define by a formula: uint8 (3, size, size)."""
     c, y, x = torch.meshgrid(torch.arange(3), torch.arange(size), torch.arange(size), indexing='ij')
     pixels = y * (3 + c + k) + x * (5 + 2 * c) + ((x * y) >> (5 + c)) + ((y // (29 + k)) ^ (x // 41)) * 37
     return (pixels & 255).to(torch.uint8)
-
 
 def said(capsys, main, argv):
     """The one line that a user reads after a mistake on the command line, which ends with a code other than 0."""
@@ -144,7 +137,6 @@ def said(capsys, main, argv):
     line = error.split('\n')[-1] if isinstance(e.value.code, int) else e.value.code           # argparse, and run_main
     assert e.value.code not in (0, None) and '\n' not in line and 'Traceback' not in error, line
     return line
-
 
 def close(ours, golden, tolerance=1e-5):
     worst = (ours - golden).abs().max().item()

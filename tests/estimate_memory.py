@@ -2,7 +2,7 @@
 Peak memory of a training step, without the card: the step runs on tensors that have a shape and no content.
 
     python tests/estimate_memory.py --regime meanpool                          # flags of train.py; the full-size model
-    python tests/estimate_memory.py --batch_size 1 --weights bf16 --optimizer adafactor --learning_rate 5e-3 --grad_checkpoint
+    python tests/estimate_memory.py --batch_size 1 --weights bf16 --low_memory
 
 All that torch allocates is counted as long as it lives: weights, gradients, optimiser, activations, bf16 copies. On top come what a
 kernel takes for itself, and the CUDA context (about half a GiB). With torch.compile the amounts differ, and they are not known here.
@@ -18,10 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from encoders import ENCODERS, settings_of                    # noqa: E402
+from encoders import settings_of                              # noqa: E402
 import train                                                  # noqa: E402
 from load_deepseek import load                                # noqa: E402
-
 
 class Storages(TorchDispatchMode):
     """Bytes of the storages that are alive, `now` and at the `peak`."""
@@ -50,26 +49,22 @@ class Storages(TorchDispatchMode):
                 self.add(tensor)
         return result
 
-
 def hollow(model):
     """Give a model on `meta` parameters on the CPU without content; under FakeTensorMode."""
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
             module.register_parameter(name, torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad))
 
-
 def hollow_batch(size, context, continuation, side):
     """A batch without content; under FakeTensorMode."""
     return {'context': torch.empty(size, context, dtype=torch.long), 'continuation': torch.empty(size, continuation, dtype=torch.long),
             'image': torch.empty(size, 3, side, side, dtype=torch.uint8)}
-
 
 def step_as_on_cuda(model, optimizer, batch, micro_batches, dtype=torch.bfloat16):
     """train.py's step on the CPU with autocast to `dtype`, as on CUDA (None is none); each micro-batch is the same batch."""
     autocast = lambda device: torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
     with patch.object(train, 'autocast', autocast):
         train.train_step(model, optimizer, [batch] * micro_batches, 1.0, 1.0, torch.device('cpu'))
-
 
 def estimate(model, optimizer, batch, micro_batches=2, dtype=torch.bfloat16):
     """Bytes at the peak of the second step (the first makes the optimiser's state); under FakeTensorMode."""
@@ -81,15 +76,14 @@ def estimate(model, optimizer, batch, micro_batches=2, dtype=torch.bfloat16):
             step_as_on_cuda(model, optimizer, batch, micro_batches, dtype)
     return storages.peak
 
-
 def main():
     parser = train.flags()
     parser.set_defaults(model='full', context=1000, continuation=1000)
     args = parser.parse_args()
-    settings = {name: vars(args)[name] for encoder in ENCODERS.values() for name in settings_of(encoder)}
+    settings = {name: x for name, x in vars(args).items() if name not in settings_of(train.Flags)}
     model, _, _ = load(args.model, args.regime, args.context, args.objective, args.hybrid_text_tokens, 'meta',
                        torch.bfloat16 if args.weights == 'bf16' else torch.float32, **settings)
-    model.decoder.grad_checkpoint = args.grad_checkpoint
+    model.decoder.grad_checkpoint = args.low_memory
     if not args.train_encoder:
         model.encoder.requires_grad_(False)
     with FakeTensorMode():
@@ -98,7 +92,6 @@ def main():
         optimizer = train.make_optimizer(model, args.learning_rate, args)
         peak = estimate(model, optimizer, batch, min(args.gradient_accumulation_steps, 2))
     print(f'{peak / 1e9:.1f} GB  {" ".join(sys.argv[1:])}')
-
 
 if __name__ == '__main__':
     main()

@@ -12,17 +12,14 @@ from train import flags, make_optimizer, train_step
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA here')
 DEVICE = torch.device('cuda')
 
-
 def batch(B=2, T=64):
     ids = torch.randint(3, 512, (2, B, T), generator=torch.Generator().manual_seed(0))
     return {'context': ids[0], 'continuation': ids[1], 'image': torch.stack([golden_image(512, k) for k in range(B)])}
 
-
 def logits(model, data):
     """Of the target positions, teacher-forced."""
-    x = torch.cat([model.prefix(data), model.decoder.embed_tokens(data[OBJECTIVES[model.objective]])], dim=1)
+    x = model.sequence(data, data[OBJECTIVES[model.objective]])
     return model.decoder.logits(model.decoder(x)[0])
-
 
 @pytest.mark.parametrize('objective', OBJECTIVES)
 @pytest.mark.parametrize('regime', ENCODERS)
@@ -36,7 +33,6 @@ def test_bf16_is_near_fp32_on_the_cpu(weights, regime, objective):
     error = (close - exact).norm(dim=-1) / exact.norm(dim=-1)
     assert error.median() < 2e-2 and error.square().mean().sqrt() < 6e-2      # rounding sends a few tokens to other experts
 
-
 @pytest.mark.parametrize('compiled', (False, True))
 @pytest.mark.parametrize('regime', ENCODERS)
 def test_a_gradient_for_every_parameter(weights, regime, compiled):
@@ -44,12 +40,11 @@ def test_a_gradient_for_every_parameter(weights, regime, compiled):
     model = golden_model(weights, regime, 64, **settings).to(DEVICE)
     forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
     with autocast(DEVICE):
-        losses, _, balance_loss = forward(to_device(batch(), DEVICE))
-    (losses.mean() + balance_loss).backward()
+        losses, _, extra = forward(to_device(batch(), DEVICE))
+    (losses.mean() + extra['balance_loss']).backward()
     for name, p in model.named_parameters():
         if p.requires_grad and not name.startswith('encoder.vision_model.embeddings.patch'):
             assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
-
 
 def test_the_kernel_is_the_loop():
     """The grouped kernel in bf16 and the loop that fp32 takes, forward and backward, with an expert that gets no row."""
@@ -64,7 +59,6 @@ def test_the_kernel_is_the_loop():
         found.append([t.float() for t in (y, *(leaf.grad for leaf in leaves))])
     for ours, exact in zip(*found):
         assert (ours - exact).norm() / exact.norm() < 2e-2
-
 
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] not in (9, 10),
                     reason="before Hopper torch's grouped product is a loop that reads the ends on the host")

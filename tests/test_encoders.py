@@ -8,14 +8,12 @@ from decoder import Autoencoder, Decoder
 from encoders import ENCODERS, VISION_MODES, CLIPBlock, settings_of
 from load_deepseek import PRESETS, load
 
-
 def tiny_batch(model, B=2, T=128):
     ids = torch.randint(3, 259, (B, T), generator=torch.Generator().manual_seed(0))
     batch = {'context': ids, 'continuation': ids.flip(1)}
     if S := getattr(model.encoder, 'image_size', None):
         batch['image'] = torch.randint(0, 256, (B, 3, S, S), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return batch
-
 
 @pytest.mark.parametrize('hybrid', [0, 13])
 @pytest.mark.parametrize('objective', ['reconstruction', 'lm'])
@@ -24,26 +22,24 @@ def test_a_gradient_reaches_every_parameter(regime, objective, hybrid):
     torch.manual_seed(0)
     model, _, config = load('tiny', regime, 128, objective, hybrid)
     batch = tiny_batch(model)
-    losses, hits, balance = model(batch)
+    losses, hits, extra = model(batch)
     assert losses.shape == hits.shape == (2, 128)
     assert 5 < losses.mean().item() < 6.5                                   # ln 259 = 5.56: from scratch all tokens are alike
-    (losses.mean() + balance).backward()
+    (losses.mean() + sum(extra.values())).backward()
     unused = {n for n, p in model.named_parameters() if p.grad is None}
     assert unused == {n for n, p in model.named_parameters() if not p.requires_grad}        # several processes wait for every gradient
     assert unused == ({'encoder.vision_model.embeddings.patch_embedding.weight'} if regime == 'vision' else set())
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
     assert set(config['run']['settings']) == set(settings_of(ENCODERS[regime]))
 
-
 @pytest.mark.parametrize('regime', ENCODERS)
 def test_each_row_is_encoded_by_itself(regime):
     model, _, _ = load('tiny', regime, 128)
     batch = tiny_batch(model, B=3)
-    both = model.prefix(batch)
+    both = model.sequence(batch)
     for i in range(3):
-        one = model.prefix({k: v[i:i + 1] for k, v in batch.items()})
+        one = model.sequence({k: v[i:i + 1] for k, v in batch.items()})
         assert (both[i] - one[0]).abs().max() < 1e-5
-
 
 @pytest.mark.parametrize('regime', ENCODERS)
 def test_frozen_encoder_gets_no_gradient_and_embeddings_do(regime):
@@ -53,7 +49,6 @@ def test_frozen_encoder_gets_no_gradient_and_embeddings_do(regime):
     assert all(p.grad is None for p in model.encoder.parameters())
     assert model.decoder.embed_tokens.weight.grad is not None
 
-
 def positions(regime, context, **settings):
     """Positions before the target at the golden sizes."""
     config = golden_config()
@@ -62,8 +57,7 @@ def positions(regime, context, **settings):
     if S := getattr(model.encoder, 'image_size', None):
         batch['image'] = torch.zeros(1, 3, S, S)
     with torch.no_grad():
-        return model.prefix(batch).shape[1]
-
+        return model.sequence(batch).shape[1]
 
 def test_positions_of_the_paper():
     """BOS counted; the paper's vision runs have a four-token prompt on top: 278 and 78."""
@@ -75,12 +69,10 @@ def test_positions_of_the_paper():
     assert positions('vision', 1000, vision_mode='tiny') == 74
     assert VISION_MODES == {'tiny': 512, 'small': 640, 'base': 1024, 'large': 1280}
 
-
 @pytest.mark.parametrize('pixels, vectors', [(128, 7), (192, 13), (256, 21), (320, 31)])
 def test_tiny_pages(pixels, vectors):
     model, _, _ = load('tiny', 'vision', 128, vision_mode=str(pixels))
-    assert model.prefix(tiny_batch(model)).shape[1] == 1 + vectors
-
+    assert model.sequence(tiny_batch(model)).shape[1] == 1 + vectors
 
 def test_extreme_ratios():
     assert positions('meanpool', 1000, compression_window_size=100) == 12
@@ -89,11 +81,10 @@ def test_extreme_ratios():
     assert positions('conv1d_residual', 1000, compression_target=1) == 3
     assert positions('conv1d_residual', 999, compression_target=999) == 1001                     # no block, just the separator
 
-
 @pytest.mark.parametrize('regime, settings, message', [
     ('text', {'text_context_tokens': 101}, '101'), ('text', {'text_context_tokens': -1}, '-1'),
-    ('meanpool', {'compression_window_size': 101}, 'context of 100'), ('meanpool', {'compression_window_size': 0}, 'window 0'),
-    ('meanpool', {'compression_window_size': 4, 'compression_stride': -1}, 'stride -1'),
+    ('meanpool', {'compression_window_size': 101}, 'context of 100'), ('meanpool', {'compression_window_size': 0}, 'window_size 0'),
+    ('meanpool', {'compression_window_size': 4, 'compression_stride': -1}, 'compression_stride -1'),
     ('conv1d_residual', {'compression_target': 111}, '[100, 50, 25, 13, 7, 4, 2, 1]'), ('conv1d_residual', {'conv_kernel': 4}, 'odd'),
     ('vision', {'vision_mode': '100'}, 'multiple of 64'), ('vision', {'vision_mode': 'huge'}, 'tiny, small, base, large'),
 ])
@@ -101,7 +92,6 @@ def test_illegal_settings_are_refused(regime, settings, message):
     with pytest.raises(ValueError) as e:
         ENCODERS[regime](golden_config(), 100, **settings)
     assert message in str(e.value) and '\n' not in str(e.value)
-
 
 def test_a_pyramid_of_gain_0_starts_as_mean_pooling():
     """Each block is then gelu(mean of two), and the convolutions still get a gradient, through the gain."""
@@ -113,12 +103,11 @@ def test_a_pyramid_of_gain_0_starts_as_mean_pooling():
     memory.sum().backward()
     assert all(block.norm2.weight.grad.abs().min() > 0 for block in encoder.pyramid)
 
-
 def test_clip_block_by_its_formula():
     """With weights of a size at which the 1.702 of the quick GELU shows."""
     torch.manual_seed(0)
     C, n, x = 16, 4, torch.randn(2, 5, 16)
-    block = CLIPBlock(C, n, 64).requires_grad_(False)
+    block = CLIPBlock(C, n).requires_grad_(False)
     for p in block.parameters():
         p.normal_(std=0.7)
     norm = lambda y, layer: (y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() * layer.weight + layer.bias
@@ -131,7 +120,6 @@ def test_clip_block_by_its_formula():
     z = norm(y, block.layer_norm2) @ block.mlp.fc1.weight.T + block.mlp.fc1.bias
     expected = y + (z / (1 + (-1.702 * z).exp())) @ block.mlp.fc2.weight.T + block.mlp.fc2.bias
     assert expected.std() > 5 and (block(x) - expected).abs().max() < 1e-4
-
 
 def test_settings_are_the_keywords():
     for encoder in ENCODERS.values():

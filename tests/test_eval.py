@@ -1,98 +1,69 @@
-"""The table, the picture, the mask, the edit distance, and reading a page."""
+"""The table, the passages and the picture of runs."""
 import argparse
+import json
 import math
-import random
-import time
+import sys
 
+import numpy as np
 import pytest
 import torch
-from matplotlib import pyplot
-from PIL import Image
+from conftest import ROOT
 import eval as evaluation
-from conftest import ROOT, said
+import train
 from data import Batches, prepare
 from decoder import Autoencoder
-from load_deepseek import PRESETS, load, load_run, released_tensors, save, tokenizer_of
+from load_deepseek import PRESETS, load, load_run, read_json, released_tensors, run_main, save, tokenizer_of
 
-CPU = torch.device('cpu')
+sys.path.insert(0, str(ROOT / 'examples'))
+import plot_runs                                              # noqa: E402
 
+CPU, TOKENIZER = torch.device('cpu'), tokenizer_of('tiny')
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     """A corpus and five untrained runs on it, two of them lm with the whole context and with none."""
     root = tmp_path_factory.mktemp('runs')
-    prepare('pydoc', root / 'data', tokenizer_of('tiny'), 32, 32, 40, 12)
+    prepare('pydoc', root / 'data', TOKENIZER, 32, 32, 40, 12)
     for name, regime, objective, settings in (
-            ('whole', 'text', 'lm', {}), ('none', 'text', 'lm', {'text_context_tokens': 0}), ('pool', 'meanpool', 'lm', {}),
+            ('whole', 'text', 'lm', {}), ('none', 'text', 'lm', {'text_context_tokens': 0}), ('a|b', 'meanpool', 'lm', {}),
             ('conv', 'conv1d_residual', 'reconstruction', {}), ('page', 'vision', 'reconstruction', {'vision_mode': '128'})):
+        torch.manual_seed(0)
         model, _, config = load('tiny', regime, 32, objective, **settings)
-        config['run']['data'] = str(root / 'data')
+        config['run'] |= {'data': str(root / 'data'), 'args': {'continuation': 32, 'model': 'tiny'}}
         save(released_tensors(model, config['run']['regime']), config, root / name)
     return root
 
-
-@pytest.mark.parametrize('file', ['nowhere/a.png', 'a.doc'])
-def test_a_picture_that_cannot_be_written_costs_no_row(runs, tmp_path, capsys, file):
-    with pytest.raises(ValueError, match='cannot be written'):
-        evaluation.main([str(runs / 'pool'), '--plot', str(tmp_path / file), '--generate', '0', '--segments', '2'])
-    assert f'| {runs / "pool"} |' in capsys.readouterr().out
-
-
-def table(out):
-    """The rows of a Markdown table: {name of the run's folder: {column: text}}."""
-    header, _, *lines = [line.strip('| ').split(' | ') for line in out.splitlines() if line.startswith('|')]
-    assert all(len(line) == len(header) for line in lines)
-    return {line[0].rsplit('/', 1)[1]: dict(zip(header, map(str.strip, line))) for line in lines}
-
-
-def test_a_regime_has_one_colour(tmp_path):
-    row = lambda regime, data, ppl: {'objective': 'lm', 'data': data, 'regime': regime, 'ratio': 2.0, 'PPL': ppl, 'setting': '', 'args': {}, 'positions': 2, 'KV saved': 1}
-    evaluation.plot([row('meanpool', 'a', 3.0), row('text', 'a', 2.0), row('text', 'b', 2.0)], tmp_path / 'a.png')
-    (pool, _, text, _), (other, _) = (axis.lines for axis in pyplot.gcf().axes)
-    assert text.get_label() == other.get_label() == 'truncation'
-    assert text.get_color() == other.get_color() != pool.get_color()
-
+def arguments(**changes):
+    defaults = dict(data=None, segments=None, generate=0, font=None, font_size=None, line_spacing=None, batch_size=5, workers=0)
+    return argparse.Namespace(**defaults | changes)
 
 def test_the_table(runs, tmp_path, capsys):
-    names = ['whole', 'none', 'pool', 'conv', 'page', 'elsewhere']
-    prepare(str(ROOT / 'encoders.py'), runs / 'code', tokenizer_of('tiny'), 32, 32, 40, 12)
-    model, _, config = load(str(runs / 'whole'), 'text', 32, 'lm')
-    config['run']['data'] = str(runs / 'code')
-    save(released_tensors(model, 'text'), config, runs / 'elsewhere')
-    capsys.readouterr()
-    evaluation.main([str(runs / name) for name in names] + ['--plot', str(tmp_path / 'a.png'), '--generate', '3'])
+    names = ['whole', 'none', 'a|b', 'conv', 'page']
+    evaluation.main([*(str(runs / name) for name in names), '--generate', '3'])
     out = capsys.readouterr().out
-    rows = table(out)
-    assert list(rows) == names and out.count('--- original') == 18 and 'CER' not in rows['pool']               # too few passages for it
-    assert [rows[name]['positions'] for name in names] == ['33', '1', '10', '10', '8', '33']
-    assert [rows[name]['ratio'] for name in names] == ['0.97', '32.0', '3.2', '3.2', '4.0', '0.97']
-    assert [rows[name]['data'] for name in names] == ['data'] * 5 + ['code']
-    assert rows['pool']['setting'] == 'compression_window_size 4' and rows['none']['setting'] == 'text_context_tokens 0'
-    pages = Batches(runs / 'data', 'val', 12, tokenizer_of('tiny'), 128)[0]
-    assert float(rows['page']['not drawn']) == pytest.approx(pages['lost'].mean().item(), abs=6e-4) and rows['pool']['not drawn'] == ''
-    # keys and values of 128 channels in 4 layers at 2 bytes, for each position that the memory is shorter
-    assert int(rows['pool']['KV saved']) == (33 - 10) * 2 * 4 * 128 * 2 and float(rows['page']['ms']) > 0
+    header, *lines = [line[2:-2].replace('\\|', '/').split(' | ') for line in out.splitlines() if line.startswith('|') and '---' not in line]
+    assert all(len(line) == len(header) for line in lines)
+    rows = {name: dict(zip(header, map(str.strip, line))) for name, line in zip(names, lines)}
+    assert out.count('--- original (top)') == 15 and f'| {runs}/a\\|b |' in out
+    assert [rows[name]['positions'] for name in names] == ['33', '1', '10', '10', '8']
+    assert [rows[name]['ratio'] for name in names] == ['0.97', '32.00', '3.20', '3.20', '4.00']
+    assert [rows[name]['segments'] for name in names] == ['12'] * 5
+    assert rows['a|b']['setting'] == 'compression_window_size 4' and rows['none']['setting'] == 'text_context_tokens 0'
+    pages = Batches(runs / 'data', 'val', 12, TOKENIZER, 128)[0]
+    assert float(rows['page']['not drawn']) == pytest.approx(pages['lost'].mean().item(), abs=6e-4) and rows['a|b']['not drawn'] == ''
     with torch.no_grad():
-        for name in ('pool', 'conv'):
-            model = load_run(runs / name)[0].eval()
-            losses, hits, _ = model(Batches(runs / 'data', 'val', 12, tokenizer_of('tiny'))[0])
+        for name in ('a|b', 'conv'):
+            losses, hits, _ = load_run(runs / name)[0].eval()(Batches(runs / 'data', 'val', 12, TOKENIZER)[0])
             assert float(rows[name]['PPL']) == pytest.approx(losses.mean().exp().item(), abs=2e-3)
             assert float(rows[name]['accuracy']) == pytest.approx(hits.float().mean().item(), abs=6e-4)
-    with Image.open(tmp_path / 'a.png') as image:
-        assert image.width > 1000
-    prepare('pydoc', tmp_path / 'other', tokenizer_of('tiny'), 64, 32, 10, 2)
+    prepare('pydoc', tmp_path / 'other', TOKENIZER, 64, 32, 10, 2)
     with pytest.raises(ValueError, match='made for context 64, not 32'):
-        evaluation.row_of(str(runs / 'pool'), arguments(data=str(tmp_path / 'other')), CPU)
-    assert len(evaluation.row_of(str(runs / 'pool'), arguments(segments=6, generate=20), CPU)[1]) == 6
-    assert 'only 6 passages' in capsys.readouterr().err
+        evaluation.row_of(str(runs / 'conv'), arguments(data=str(tmp_path / 'other')), CPU)
+    row, texts = evaluation.row_of(str(runs / 'conv'), arguments(segments=6, generate=4), CPU)
+    every_third = Batches(runs / 'data', 'val', 12, TOKENIZER)[0]['context'][::3]                # evenly from all, not the first
+    assert row['segments'] == 6 and [text for text, _ in texts] == [TOKENIZER.decode(ids.tolist()) for ids in every_third]
     result = evaluation.row_of(str(runs / 'page'), arguments(font_size=9), CPU)[0]
-    assert 'font_size 9' in result['setting'] and str(result['PPL']) != rows['page']['PPL']
-
-
-def arguments(**changes):
-    return argparse.Namespace(**dict(data=None, segments=None, generate=0, font=None, font_size=None, line_spacing=None,
-                                     batch_size=5, workers=0) | changes)
-
+    assert 'font_size 9' in result['setting'] and result['PPL'] != rows['page']['PPL']
 
 def test_positions_and_ratios_of_the_paper(monkeypatch):
     """278 and 78 positions take the prompt of four tokens; 252 and 65 none."""
@@ -102,107 +73,105 @@ def test_positions_and_ratios_of_the_paper(monkeypatch):
     batch = {'context': torch.zeros(1, 1000, dtype=torch.long)}
     for regime, settings, positions, ratio in (
             ('vision', {'vision_mode': 'base', 'vision_prompt': 'four'}, 278, 3.60), ('meanpool', {}, 252, 3.97),
-            ('vision', {'vision_mode': 'tiny', 'vision_prompt': 'four'}, 78, 12.82),
+            ('vision', {'vision_mode': 'tiny', 'vision_prompt': 'four'}, 78, 12.82), ('vision', {'vision_mode': 'tiny'}, 74, 13.51),
             ('conv1d_residual', {'compression_target': 250}, 252, 3.97), ('conv1d_residual', {'compression_target': 63}, 65, 15.38),
-            ('text', {'text_context_tokens': 277}, 278, 3.60), ('meanpool', {'compression_window_size': 100}, 12, 83.33),
-            ('conv1d_residual', {'compression_target': 8}, 10, 100.0)):
+            ('text', {'text_context_tokens': 277}, 278, 3.60), ('text', {}, 1001, 1.0), ('meanpool', {'compression_window_size': 100}, 12, 83.33),
+            ('meanpool', {'compression_window_size': 1000}, 3, 333.33), ('conv1d_residual', {'compression_target': 1}, 3, 333.33),
+            ('conv1d_residual', {'compression_target': 1000}, 1002, 1.0), ('conv1d_residual', {'compression_target': 8}, 10, 100.0)):
         model, _, _ = load('thin', regime, 1000, **settings)
         size = getattr(model.encoder, 'image_size', 64)
-        prefix = model.prefix({**batch, 'image': torch.zeros(1, 3, size, size)})
+        with torch.no_grad():
+            prefix = model.sequence({**batch, 'image': torch.zeros(1, 3, size, size)})
         assert prefix.shape[1] == positions and round(1000 / positions, 2) == ratio and torch.isfinite(prefix).all()
 
-
-def test_sums_are_over_all_tokens_that_count(runs):
-    """Loss, perplexity and accuracy by hand, at any batch size and split among processes, with a mask and without."""
+def test_evaluation_is_the_mean_over_all_tokens(runs):
+    """Loss, perplexity and accuracy by hand, at any batch size; the share of the text that is not on the pages."""
     model, tokenizer, _ = load('tiny', 'meanpool', 32, 'lm')
-    third = lambda batch: batch['continuation'] % 3 == 0
-    whole = Batches(runs / 'data', 'val', 12, tokenizer)[0]
     with torch.no_grad():
-        losses, hits, _ = model.eval()(whole)
+        losses, hits, _ = model.eval()(Batches(runs / 'data', 'val', 12, tokenizer)[0])
     for batch_size in (1, 5, 12):
-        batches = Batches(runs / 'data', 'val', batch_size, tokenizer)
-        for mask in (None, third):
-            result = evaluation.evaluate(model, batches, CPU, mask=mask)
-            counted = mask(whole) if mask else torch.ones_like(hits)
-            loss = losses[counted].mean().item()
-            assert list(result) == ['loss', 'ppl', 'accuracy']
-            assert list(result.values()) == pytest.approx([loss, math.exp(loss), hits[counted].float().mean().item()], rel=1e-4, abs=1e-5)
+        result = evaluation.evaluate(model.train(), Batches(runs / 'data', 'val', batch_size, tokenizer), CPU)
+        assert not model.training                                            # dropout, say, has to be off
+        loss = losses.mean().item()
+        assert result == pytest.approx({'loss': loss, 'ppl': math.exp(loss), 'accuracy': hits.float().mean().item()}, rel=1e-4)
     page, pages = load_run(runs / 'page')[0], Batches(runs / 'data', 'val', 5, tokenizer, 128)
     lost = torch.cat([pages[n]['lost'] for n in range(3)])
-    assert 0.1 < lost.mean() and evaluation.evaluate(page, pages, CPU)['lost'] == pytest.approx(lost.mean().item(), abs=1e-6)
+    assert 0.01 < lost.mean() and evaluation.evaluate(page, pages, CPU)['lost'] == pytest.approx(lost.mean().item(), abs=1e-6)
 
-
-def test_edit_distance_and_passages(capsys):
-    rng = random.Random(0)
-
-    def by_definition(a, b):
-        if not a or not b:
-            return len(a) + len(b)
-        return min(by_definition(a[1:], b) + 1, by_definition(a, b[1:]) + 1, by_definition(a[1:], b[1:]) + (a[0] != b[0]))
-    for _ in range(60):
-        a, b = (''.join(rng.choices('abc', k=rng.randrange(6))) for _ in range(2))
-        assert evaluation.edit_distance(a, b) == by_definition(a, b), (a, b)
-    assert evaluation.edit_distance('kitten', 'sitting') == 3
+def test_show(capsys):
     evaluation.show('one\ntwo', 'on\ntwos', 'lm')
-    assert capsys.readouterr().out == '\n--- original, and under it its lm\none⏎two\non⏎twos\n\n'
+    assert capsys.readouterr().out == '\n--- original (top), lm (bottom)\none⏎two\non⏎twos\n\n'
     evaluation.show('a' * 12, 'b' * 7, 'lm', width=5)
-    assert capsys.readouterr().out.split('lm\n')[1] == 'aaaaa\nbbbbb\n\naaaaa\nbb\n\naa\n\n\n'
+    assert capsys.readouterr().out.split('(bottom)\n')[1] == 'aaaaa\nbbbbb\n\naaaaa\nbb\n\naa\n\n\n'
 
-
-@pytest.mark.parametrize('mode, vectors', [('tiny', 73), ('small', 111), ('base', 273), ('large', 421)])
-def test_reading_a_page(released, tmp_path, monkeypatch, capsys, mode, vectors):
-    """[BOS], the image's vectors, the prompt's tokens; the small squares stretch the page, the large ones pad it with grey."""
-    Image.new('RGB', (200, 100), (255, 0, 0)).save(tmp_path / 'page.png')
-    seen = {}
-    prefix = Autoencoder.prefix
-
-    def spy(self, batch):
-        x = prefix(self, batch)
-        seen.update(batch=batch, prompt=self.prompt, positions=x.shape[1])
-        return x
-    monkeypatch.setattr(Autoencoder, 'prefix', spy)
-    evaluation.main(['--model', str(released), '--image', str(tmp_path / 'page.png'), '--vision_mode', mode, '--max_new_tokens', '5',
-                     '--prompt', 'Free OCR. '])
-    S = {'tiny': 512, 'small': 640, 'base': 1024, 'large': 1280}[mode]
-    image = seen['batch']['image'][0].permute(1, 2, 0)
-    assert image.shape == (S, S, 3) and seen['batch']['context'].shape == (1, 0)
-    assert seen['prompt'] == tokenizer_of(str(released)).encode_ordinary('\nFree OCR.') and seen['positions'] == 1 + vectors + len(seen['prompt'])
-    assert image[S // 2, S // 2].tolist() == [255, 0, 0]
-    assert image[2, S // 2].tolist() == ([255, 0, 0] if S <= 640 else [127, 127, 127])
-
-
-def test_a_page_that_cannot_be_read(released, tmp_path, capsys):
-    (tmp_path / 'empty.png').write_bytes(b'')
-    (tmp_path / 'text.png').write_text('no image')
-    Image.new('1', (30_000, 30_000)).save(tmp_path / 'huge.png')
-    Image.new('1', (30, 30)).save(tmp_path / 'good.png')
-    for flags in (['--image', 'empty.png'], ['--image', 'text.png'], ['--image', 'huge.png'], ['--image', 'missing.png'],
-                  ['--image', 'good.png', '--prompt', '<|nothing|>Read.'], ['--image', 'good.png', '--vision_mode', '100']):
-        line = said(capsys, evaluation.main, ['--model', str(released), *flags[:1], str(tmp_path / flags[1]), *flags[2:]])
-        assert any(word in line for word in (f'{flags[1]}: not an image', '<|nothing|>', 'vision_mode 100')), line
-
-
-def test_generation_is_fast_in_the_length_and_alike_in_any_batch():
-    """1000 tokens with the cache are those without, at least 5 times as fast, and take about 4 times as long as 250."""
+def test_a_row_that_ends_early_is_cut_at_its_first_eos(runs, monkeypatch):
+    """EOS and its repetitions do not count in the passage."""
     model, _, _ = load('tiny', 'meanpool', 32)
-    model.eval()
-    model.decoder.config.eos_token_id = -1                                    # no row may end early
-    batch = {'context': torch.randint(3, 259, (8, 32), generator=torch.Generator().manual_seed(0))}
-    one = {'context': batch['context'][:1]}
+    batch = Batches(runs / 'data', 'val', 3, TOKENIZER)[0]
+    generated = batch['context'].clone()
+    generated[0, 10:], generated[1, 0:], generated[2, 5] = 1, 1, 2                              # 2 is PAD, which ends nothing
+    monkeypatch.setattr(Autoencoder, 'generate', lambda self, batch, n: generated[:, :n])
+    original = [TOKENIZER.decode(row) for row in batch['context'].tolist()]
+    pairs = evaluation.passages(model, batch, TOKENIZER, CPU)
+    assert [a for a, _ in pairs] == original
+    assert pairs[0][1] == original[0][:10] and pairs[1][1] == '' and original[2][:5] == pairs[2][1][:5] and len(pairs[2][1]) > 32
+    assert evaluation.passages(model, batch, TOKENIZER, CPU, 7)[2] == (original[2][:7], TOKENIZER.decode(generated[2, :7].tolist()))
 
-    def seconds(n):
-        start = time.process_time()
-        ids = model.generate(one, n)
-        return time.process_time() - start, ids
-    seconds(20)
-    (short, _), (long, ids) = seconds(250), seconds(1000)
-    assert long < 8 * short
-    with torch.no_grad():
-        x = torch.cat([model.prefix(one), model.decoder.embed_tokens(ids[:, :-1])], dim=1)
-        assert model.decoder.logits(model.decoder(x)[0][:, -1000:]).argmax(dim=-1).tolist() == ids.tolist()
-        start = time.process_time()
-        for n in (100, 300, 500, 700, 900):                                   # what a step would cost without a cache
-            model.decoder(x[:, :n])
-    assert 1000 * (time.process_time() - start) / 5 > 5 * long
-    texts = model.generate(batch, 20)
-    assert all(torch.equal(texts[i], model.generate({'context': batch['context'][i:i + 1]}, 20)[0]) for i in range(8))
+@pytest.mark.parametrize('eos, ended', [(1, [[5, 7, 1], [2, 6, 6], [9, 9, 9]]), ([1, 2], [[5, 7, 1], [2, 1, 1], [9, 9, 9]]), ([7, 2], [[5, 7, 7], [2, 7, 7], [9, 9, 9]])])
+def test_any_of_several_eos_ends_a_text(eos, ended):
+    """And a row that has ended repeats the first of them."""
+    model, _, _ = load('tiny', 'text', 8)
+    model.decoder.config.eos_token_id = eos
+    script = iter([[5, 2, 9], [7, 6, 9], [1, 6, 9]])
+    model.decoder.logits = lambda hidden: torch.nn.functional.one_hot(torch.tensor(next(script)), 259).float()
+    assert model.generate({'context': torch.full((3, 8), 5)}, 3).tolist() == ended
+
+# -------------------------------------------------------------------------------------------------------------- picture
+
+def point(regime, ratio, ppl, objective='lm', data='c', **flags):
+    return {'regime': regime, 'panel': (objective, data), 'ratio': ratio, 'ppl': ppl, 'is_none': False, 'is_whole': False,
+            'flags': {'steps': 5, 'hybrid_text_tokens': 0, 'learning_rate': 1e-4, 'data': f'corpora/{data}', **flags}}
+
+def drawn(monkeypatch, tmp_path, points):
+    """What plot() draws: {panel: {label of a series: (points, line, style)}}, and the labels of dashed lines."""
+    kept = []
+    monkeypatch.setattr(plot_runs.Figure, 'savefig', lambda self, path, **options: kept.append(self))
+    plot_runs.plot(points, tmp_path / 'a.png')
+    panels, dashed = {}, []
+    for ax in kept[0].axes:
+        lines = [line for line in ax.get_lines() if line.get_linestyle() != '--']
+        dashed += [line.get_label() for line in ax.get_lines() if line.get_linestyle() == '--']
+        values = lambda line: [(float(x), round(float(y), 6)) for x, y in zip(*line.get_data())]
+        panels[ax.get_title()] = {dots.get_label(): (values(dots), values(line), (dots.get_color(), dots.get_marker()))
+                                  for dots, line in zip(lines[::2], lines[1::2])}
+    return panels, dashed
+
+def test_only_runs_that_differ_in_nothing_but_the_seed_are_averaged(monkeypatch, tmp_path):
+    points = [point('meanpool', 4, 10.0), point('meanpool', 8, 20.0), point('meanpool', 4, 12.0), point('text', 4, 14.0) | {'is_whole': True},
+              point('meanpool', 4, 30.0, data='d'), point('meanpool', 4, 40.0, 'reconstruction')]
+    panels, dashed = drawn(monkeypatch, tmp_path, points)
+    assert panels['lm on c']['meanpool'][:2] == ([(4, 10), (4, 12), (8, 20)], [(4, 11), (8, 20)]) and dashed == ['whole context 14']
+    assert panels['lm on c']['truncation'][:2] == ([(4, 14)], [(4, 14)])
+    assert panels['lm on d']['meanpool'][1] == [(4, 30)] and panels['reconstruction on c']['meanpool'][1] == [(4, 40)]
+    assert panels['lm on d']['meanpool'][2] == panels['lm on c']['meanpool'][2] != panels['lm on c']['truncation'][2]
+    points = [point('meanpool', 4, 10.0, model='meanpool_4'), point('meanpool', 8, 20.0, model='meanpool_8')]      # each from its own run
+    assert drawn(monkeypatch, tmp_path, points)[0]['lm on c']['meanpool'][1] == [(4, 10), (8, 20)]
+    for flag, value in (('steps', 9), ('hybrid_text_tokens', 16), ('conv_kernel', 3)):
+        series = drawn(monkeypatch, tmp_path, [point('meanpool', 4, 10.0), point('meanpool', 4, 20.0, **{flag: value})])[0]['lm on c']
+        assert sorted(line for _, line, _ in series.values()) == [[(4, 10)], [(4, 20)]], flag
+        assert any(flag in label and str(value) in label for label in series), flag
+    other = point('meanpool', 4, 20.0)
+    other['flags']['data'] = 'elsewhere/c'                                                     # a corpus of the same name
+    assert len(drawn(monkeypatch, tmp_path, [point('meanpool', 4, 10.0), other])[0]['lm on c']) == 2
+    series = drawn(monkeypatch, tmp_path, [point(f'encoder_{i}', 4, 10.0 + i) for i in range(25)])[0]['lm on c']
+    assert len({style for _, _, style in series.values()}) == 25                                 # no two look alike
+
+def test_the_command_draws_runs(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('MPLBACKEND', 'module://no_such_backend')                                 # as in a notebook
+    names = [str(runs / name) for name in ('whole', 'none', 'a|b')]
+    plot_runs.main([*names, '--out', str(tmp_path / 'a.png'), '--segments', '4'])
+    assert (tmp_path / 'a.png').stat().st_size > 10_000 and 'lonely' not in capsys.readouterr().out
+    plot_runs.main([names[0], '--out', str(tmp_path / 'b.png'), '--segments', '4'])
+    assert 'a picture takes three' in capsys.readouterr().out
+    with pytest.raises(SystemExit, match='nowhere'):
+        run_main(lambda: plot_runs.main([names[0], '--out', str(tmp_path / 'nowhere' / 'a.png'), '--segments', '4']))

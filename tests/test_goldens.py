@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GOLDENS, close, golden_image, golden_model
+from decoder import OBJECTIVES
 from load_deepseek import released_tensors
 import encoders
 import json
@@ -13,7 +14,6 @@ LOSS_CASES = sorted(json.loads((GOLDENS / 'losses_tiny.json').read_text(encoding
 # Two experts of nearly the same probability: other rounding may route a token otherwise.
 NEAR_TIES = ('conv.t125.reconstruction.h100', 'vision.small.reconstruction.h100', 'meanpool.w7s7.reconstruction.h0',
              'meanpool.w9s9.reconstruction.h0', 'text.200.reconstruction')
-
 
 # ------------------------------------------------------------------------------------------------------------- decoder
 
@@ -37,10 +37,8 @@ def test_decoder_layers_and_logits(weights, decoder_golden):
     close(hidden, g['eval.final_norm.out'])
     close(decoder.logits(hidden), g['eval.logits'])
 
-
 def m_is_moe(module):
     return hasattr(module, 'experts')
-
 
 def test_router_and_balance_loss(weights, decoder_golden):
     g, _ = decoder_golden
@@ -60,7 +58,6 @@ def test_router_and_balance_loss(weights, decoder_golden):
         close(balance[i], g[f'train.aux_loss.layer{i}'], 1e-7)
     close(total, balance[1] + balance[2], 1e-8)
 
-
 def test_loss(weights, decoder_golden):
     g, description = decoder_golden
     decoder = golden_model(weights, 'text').decoder
@@ -72,7 +69,6 @@ def test_loss(weights, decoder_golden):
         assert losses[kept].mean().item() == pytest.approx(description['loss_eval_mode'], abs=1e-5)
         assert torch.equal(hits, decoder.logits(hidden[:, :-1]).argmax(-1) == target.clamp(min=0))
 
-
 def test_greedy_generation(weights, decoder_golden):
     g, _ = decoder_golden
     model = golden_model(weights, 'text', context=19).eval()
@@ -83,7 +79,6 @@ def test_greedy_generation(weights, decoder_golden):
     hidden, _ = model.decoder(model.decoder.embed_tokens(ids))
     close(model.decoder.logits(hidden)[0, 19:-1], g['gen.logits'])
 
-
 # ------------------------------------------------------------------------------------------------------------- encoders
 
 def batch_of(embeddings):
@@ -91,7 +86,6 @@ def batch_of(embeddings):
     B, T, D = embeddings.shape
     table = torch.nn.Embedding.from_pretrained(embeddings.reshape(B * T, D))
     return {'context': torch.arange(B * T).view(B, T)}, table
-
 
 @pytest.mark.parametrize('w, s', [(4, 2), (5, 8), (7, 7), (9, 9)])
 def test_meanpool(weights, compressor_golden, w, s):
@@ -103,7 +97,6 @@ def test_meanpool(weights, compressor_golden, w, s):
     positions = golden_model(weights, 'meanpool', 1000, compression_window_size=w, compression_stride=s) \
         .encoder(*batch_of(torch.zeros(1, 1000, 64))).shape[1]
     assert positions == description['meanpool'][f'w{w}s{s}']['tokens_for_1000_incl_separator']
-
 
 @pytest.mark.parametrize('L', [2, 37, 100, 101])
 @pytest.mark.parametrize('blocks', [1, 2, 3])
@@ -121,7 +114,6 @@ def test_conv1d_residual(weights, compressor_golden, L, blocks):
         close(x.transpose(1, 2), expected)
     assert expected.shape[1] == description['conv_out_lengths'][f'L{L}.blocks{blocks}']
 
-
 def test_conv_block_inside(weights, compressor_golden):
     g, _ = compressor_golden
     block = golden_model(weights, 'conv1d_residual', 101, compression_target=51).encoder.pyramid[0]
@@ -131,7 +123,6 @@ def test_conv_block_inside(weights, compressor_golden):
     norm2 = block.norm2(block.conv2(F.gelu(norm1)))
     for ours, name in ((conv1, 'conv1'), (norm1, 'norm1'), (norm2, 'norm2'), (F.adaptive_avg_pool1d(x, 51), 'skip')):
         close(ours.transpose(1, 2), g[f'conv.mid.L101.{name}'])
-
 
 def test_interpolated_positions(weights, vision_golden):
     g, _ = vision_golden
@@ -145,7 +136,6 @@ def test_interpolated_positions(weights, vision_golden):
         offsets = encoders.relative_positions(weights['model.sam_model.blocks.1.attn.rel_pos_h'], (L + 1) // 2)
         rows = torch.cat([offsets[0].flip(0), offsets[1:, 0]])              # from the most negative offset to the most positive
         close(rows, g[f'interp.rel_pos.{L}'])
-
 
 @pytest.mark.parametrize('size', [512, 640, 1024, 1280])
 def test_vision(weights, vision_golden, size):
@@ -175,13 +165,11 @@ def test_vision(weights, vision_golden, size):
         close(seen[name], g[f'out.{size}.{name}'])
     close(tokens[0], g[f'out.{size}.tokens'])
 
-
 def test_vision_takes_a_batch(weights):
     vision = golden_model(weights, 'vision', vision_mode='tiny').encoder.eval()
     images = torch.stack([golden_image(512, k) for k in (0, 1)])
     with torch.no_grad():
         close(vision({'image': images}, None), torch.cat([vision({'image': images[k:k + 1]}, None) for k in (0, 1)]))
-
 
 # --------------------------------------------------------------------------------------------------------------- losses
 
@@ -208,23 +196,22 @@ def model_and_batch(weights, g, case):
         batch['image'] = torch.stack([golden_image(model.encoder.image_size, k) for k in (0, 1)])
     return model, batch
 
-
 @pytest.mark.parametrize('name', LOSS_CASES)
 def test_loss_and_gradients(weights, loss_golden, name):
     g, description = loss_golden
     case = description['cases'][name]
     tolerance = 1e-3 if name in NEAR_TIES else 1e-5
     model, batch = model_and_batch(weights, g, case)
-    assert model.prefix(batch).shape[1] == case['first_target_index']
+    assert model.sequence(batch).shape[1] == case['first_target_index']
     model.train()
-    losses, _, balance = model(batch)
+    losses, _, extra = model(batch)
+    balance = extra['balance_loss']
     assert losses.shape[1] == case['target_tokens_per_sample']
     assert losses.mean().item() == pytest.approx(case['loss_train'], abs=tolerance)
     assert losses.mean(dim=1).tolist() == pytest.approx(case['loss_per_sample_eval'], abs=tolerance)
     assert balance.item() == pytest.approx(sum(case['aux_losses_train_by_moe_layer']), abs=tolerance / 100)
     first, last = case['first_target_index'] - 1, case['seq_len'] - 2
-    hidden, _ = model.decoder(torch.cat([model.prefix(batch), model.decoder.embed_tokens(
-        batch[{'lm': 'continuation', 'reconstruction': 'context'}[case['objective']]])], dim=1))
+    hidden, _ = model.decoder(model.sequence(batch, batch[OBJECTIVES[case['objective']]]))
     if name not in NEAR_TIES:
         close(model.decoder.logits(hidden[:, [first, last]]), g[f'{name}.logits_first_last'])
     if 'grad_norms' not in case:
@@ -244,15 +231,12 @@ def test_loss_and_gradients(weights, loss_golden, name):
     without = {released(k) for k in case['params_without_grad']}
     assert without <= {k for k, p in released_gradients(model).items() if p is None}
 
-
 def regime_of(name):
     return {'conv': 'conv1d_residual'}.get(name.split('.')[0], name.split('.')[0])
-
 
 def gradients(model, name):
     """{released name: gradient}, experts one by one."""
     return {k: v for k, v in released_gradients(model, regime_of(name)).items() if v is not None}
-
 
 def released_gradients(model, regime='vision'):
     names = {p.data_ptr(): p.grad for p in model.parameters()}
@@ -260,12 +244,12 @@ def released_gradients(model, regime='vision'):
     for k, view in released_tensors(model, regime).items():
         if '.experts.' in k and 'shared' not in k:
             e, part = int(k.split('.experts.')[1].split('.')[0]), k.split('.')[-2]
-            stacked = getattr(model.decoder.layers[int(k.split('.')[2])].mlp.experts, part).grad
-            found[k] = None if stacked is None else stacked[e]
+            experts = model.decoder.layers[int(k.split('.')[2])].mlp.experts
+            gate, up = experts.gate_up_proj.grad.chunk(2, dim=1)
+            found[k] = {'gate_proj': gate, 'up_proj': up, 'down_proj': experts.down_proj.grad}[part][e]
         else:
             found[k] = names[view.data_ptr()]
     return found
-
 
 def test_gate_gradient_without_balance_loss(weights, loss_golden):
     g, description = loss_golden

@@ -1,8 +1,6 @@
 """The loop's promises: what it counts, what it skips, what it shares among processes, what a kill cannot hurt."""
 import json
-import math
 import os
-import signal
 import socket
 import time
 from functools import partial
@@ -20,8 +18,7 @@ from safetensors import safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 FLAGS = ['--regime', 'conv1d_residual', '--batch_size', '4', '--gradient_accumulation_steps', '2', '--log_steps', '1', '--eval_segments', '24',
-         '--workers', '0']
-
+         '--workers', '0', '--context', '32', '--continuation', '32']
 
 @pytest.fixture(scope='module')
 def corpus(tmp_path_factory):
@@ -29,41 +26,28 @@ def corpus(tmp_path_factory):
     prepare('pydoc', folder, tokenizer_of('tiny'), 32, 32, 200, 24)
     return str(folder)
 
-
 def read(out):
     return [json.loads(line) for line in (out / 'log.jsonl').read_text(encoding='utf-8').splitlines()]
-
 
 def test_a_gradient_that_is_not_finite_ends_the_run(corpus, tmp_path, monkeypatch):
     """At the next report, which need not be its own step; what was saved before stays, and can be resumed."""
     forward, calls = Autoencoder.forward, [0]
 
     def poisoned(self, batch):
-        losses, hits, balance = forward(self, batch)
+        losses, hits, extra = forward(self, batch)
         calls[0] += self.training
-        return losses * (float('nan') if self.training and calls[0] == 9 else 1.0), hits, balance               # step 5 of two each
+        return losses * (float('nan') if self.training and calls[0] == 9 else 1.0), hits, extra               # step 5 of two each
     monkeypatch.setattr(Autoencoder, 'forward', poisoned)
-    flags = [*FLAGS, '--data', corpus, '--output_dir', str(tmp_path / 'a'), '--steps', '9', '--log_steps', '2', '--save_steps', '2']
+    flags = [*FLAGS, '--data', corpus, '--output_dir', str(tmp_path / 'a'), '--steps', '9', '--log_steps', '2', '--eval_steps', '4']
     with pytest.raises(ValueError, match='step 6: the gradient is not finite'):
         train.main(flags)
     monkeypatch.undo()
-    assert [line['step'] for line in read(tmp_path / 'a')] == [1, 2, 4, 6]
+    assert [line['step'] for line in read(tmp_path / 'a') if 'loss' in line] == [1, 2, 4, 6]
     assert all(torch.isfinite(p).all() for p in load_run(tmp_path / 'a')[0].parameters())
     assert safe_open(tmp_path / 'a' / 'model.safetensors', 'pt').metadata()['step'] == '4'
-    train.main(['--resume', '--output_dir', str(tmp_path / 'a')])
+    train.main(['--resume', str(tmp_path / 'a')])
     log = read(tmp_path / 'a')
     assert [line['step'] for line in log if 'loss' in line] == [1, 2, 4, 6, 8, 9] and log[-1]['val_loss'] < 6
-
-
-def test_the_best_loss_is_the_least(corpus, tmp_path, monkeypatch):
-    """Of all validations so far, also of those before --resume."""
-    values = iter([3.0, 2.0, 4.0, 2.5, 5.0])
-    monkeypatch.setattr(train, 'evaluate', lambda *a: {'loss': next(values), 'ppl': 1.0, 'accuracy': 0.5})
-    train.main([*FLAGS, '--data', corpus, '--output_dir', str(tmp_path / 'a'), '--steps', '3', '--eval_steps', '1', '--save_steps', '1'])
-    train.main(['--resume', '--output_dir', str(tmp_path / 'a'), '--steps', '5'])
-    log = [line for line in read(tmp_path / 'a') if 'val_loss' in line]
-    assert [line['val_loss'] for line in log] == [3.0, 2.0, 4.0, 2.5, 5.0] and [line['best_val_loss'] for line in log] == [3.0, 2.0, 2.0, 2.0, 2.0]
-
 
 @pytest.mark.parametrize('regime, steps', [('conv1d_residual', 20), ('vision', 2)])
 def test_two_processes_train_as_one(corpus, tmp_path, regime, steps):
@@ -83,13 +67,12 @@ def test_two_processes_train_as_one(corpus, tmp_path, regime, steps):
         assert process.exitcode == 0
     train.main([*flags, '--output_dir', str(tmp_path / 'one')])
     for name in ('one', 'two'):
-        train.main(['--resume', '--output_dir', str(tmp_path / name), '--steps', str(steps + 2)])
+        train.main(['--resume', str(tmp_path / name), '--steps', str(steps + 2)])
         log, expected = read(tmp_path / name), read(tmp_path / 'one')
         assert len(log) == len(expected) == steps + 5 + (regime == 'vision')
         for a, b in zip(log, expected):
             for key in {'loss', 'val_loss', 'grad_norm'} & a.keys():
                 assert a[key] == pytest.approx(b[key], abs=1e-5)
-
 
 @pytest.mark.parametrize('regime', ['vision'])            # the largest; meanpool takes as long again
 def test_one_graph(regime):
@@ -97,8 +80,7 @@ def test_one_graph(regime):
     torch._dynamo.reset()
     config = DecoderConfig(vocab_size=300, hidden_size=64, intermediate_size=64, moe_intermediate_size=64, num_hidden_layers=2,
                            num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, vision=VisionConfig(
-                               256, sam_width=32, sam_layers=2, sam_heads=2, sam_global=(1,), sam_neck=16, clip_width=64, clip_layers=1,
-                               clip_heads=2, clip_mlp=64))
+                               256, sam_width=32, sam_layers=2, sam_heads=2, sam_global=(1,), clip_width=64, clip_layers=1, clip_heads=2))
     settings = {'vision_mode': '64'} if regime == 'vision' else {}
     model = Autoencoder(ENCODERS[regime](config, 32, **settings), Decoder(config), hybrid=3)
     ids = torch.randint(3, 259, (2, 32))
@@ -106,11 +88,10 @@ def test_one_graph(regime):
     if regime == 'vision':
         batch['image'] = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        losses, _, balance = torch.compile(model, fullgraph=True, dynamic=False, backend='eager')(batch)
+        losses, _, extra = torch.compile(model, fullgraph=True, dynamic=False, backend='eager')(batch)
         expected, _, _ = model(batch)
-    (losses.mean() + balance).backward()
+    (losses.mean() + extra['balance_loss']).backward()
     assert (losses - expected).abs().max() < 1e-2
-
 
 @pytest.mark.parametrize('regime', ['meanpool', 'vision'])
 def test_no_step_reads_a_number_back(regime):
@@ -122,13 +103,12 @@ def test_no_step_reads_a_number_back(regime):
         hollow(model)
         step_as_on_cuda(model, train.make_optimizer(model, 1e-4, train.flags().parse_args([])), hollow_batch(2, 128, 128, 64), micro_batches=2)
 
-
 @pytest.mark.parametrize('micro_batches', [1, 2])
 def test_estimated_memory(micro_batches):
     """A product with 1000 x 1000 numbers in fp32: weights, two moments, gradient, and one more of it while two are added."""
     class Product(torch.nn.Linear):
         def forward(self, batch):
-            return super().forward(batch['x']), None, 0.0
+            return super().forward(batch['x']), None, {}
 
     with FakeTensorMode():
         model = Product(1000, 1000, bias=False)
@@ -136,32 +116,29 @@ def test_estimated_memory(micro_batches):
         found = estimate(model, optimizer, {'x': torch.empty(10, 1000)}, micro_batches, dtype=None)
     assert 0 <= found - (3 + micro_batches) * 4e6 < 5 * 4e4       # and a few activations
 
-
 def test_recomputing_activations_changes_nothing():
     grads = []
     for again in (False, True):
         torch.manual_seed(0)
         model, _, _ = load('tiny', 'meanpool', 32)
         model.decoder.grad_checkpoint = again
-        losses, _, balance = model({'context': torch.arange(64).view(2, 32) + 3})
-        (losses.mean() + balance).backward()
+        losses, _, extra = model({'context': torch.arange(64).view(2, 32) + 3})
+        (losses.mean() + extra['balance_loss']).backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
-
-@pytest.mark.parametrize('flags', [('--optimizer', 'adafactor'), (
-    '--optimizer', 'adafactor', '--weights', 'bf16', '--grad_checkpoint', '--learning_rate', '5e-3',
-    '--max_grad_norm', '0.02')])                              # gradients as small as those of the full model
+@pytest.mark.parametrize('flags', [('--low_memory',), ('--low_memory', '--weights', 'bf16', '--max_grad_norm', '0.02')])
 def test_small_card_recipe_learns_and_resumes(corpus, tmp_path, flags):
+    """The last: with gradients as small as those of the full model."""
     train.main(FLAGS + ['--data', corpus, '--output_dir', str(tmp_path / 'a'), '--steps', '5', '--gradient_accumulation_steps', '1', *flags])
     assert read(tmp_path / 'a')[-1]['val_loss'] < read(tmp_path / 'a')[0]['loss'] - 0.3
-    train.main(['--resume', '--output_dir', str(tmp_path / 'a'), '--steps', '6'])
+    assert load_run(tmp_path / 'a')[2]['torch_dtype'] == ('bfloat16' if 'bf16' in flags else 'float32')
+    train.main(['--resume', str(tmp_path / 'a'), '--steps', '6'])
     assert read(tmp_path / 'a')[-1]['step'] == 6
-
 
 def test_killed_and_resumed_is_the_same_run(corpus, tmp_path):
     """kill -9 somewhere behind the first save; then --resume ends as the run that was left alone."""
-    flags = [*FLAGS, '--data', corpus, '--steps', '12', '--save_steps', '3']
+    flags = [*FLAGS, '--data', corpus, '--steps', '12', '--eval_steps', '3']
     train.main([*flags, '--output_dir', str(tmp_path / 'whole')])
     process = fork(train.main, [*flags, '--output_dir', str(tmp_path / 'killed')])
     until = time.time() + 60
@@ -169,40 +146,25 @@ def test_killed_and_resumed_is_the_same_run(corpus, tmp_path):
         time.sleep(0.01)
     process.kill()
     process.join()
-    train.main(['--resume', '--output_dir', str(tmp_path / 'killed')])
+    train.main(['--resume', str(tmp_path / 'killed')])
     key = lambda out: [(line['step'], line.get('loss'), line.get('val_loss')) for line in read(out)]
     assert key(tmp_path / 'killed') == key(tmp_path / 'whole')
     assert sorted(p.name for p in (tmp_path / 'killed').iterdir()) == sorted(p.name for p in (tmp_path / 'whole').iterdir())
 
-
-def test_a_signal_to_the_workers_too(corpus, tmp_path):
-    """SIGTERM to the whole process group, as torchrun and batch systems send it, with workers: saved, and no failure."""
-    def group():
-        os.setpgrp()
-        train.main([*FLAGS[:-1], '1', '--data', corpus, '--steps', '100000', '--output_dir', str(tmp_path / 'a')])
-    process, until, log = fork(group), time.time() + 60, tmp_path / 'a' / 'log.jsonl'
-    while not (log.exists() and log.stat().st_size) and time.time() < until:                   # until the first step is told
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGTERM)
-    process.join(60)
-    assert process.exitcode == 0 and (tmp_path / 'a' / 'model.safetensors').exists()
-
-
 def test_a_full_disk_leaves_the_old_checkpoint(corpus, tmp_path, monkeypatch):
     train.main(FLAGS + ['--data', corpus, '--output_dir', str(tmp_path / 'a'), '--steps', '2'])
-    before = {p.name: p.read_bytes() for p in (tmp_path / 'a').iterdir() if p.name in ('model.safetensors', 'AdamW-00000002.pt')}
+    before = {p.name: p.read_bytes() for p in (tmp_path / 'a').iterdir() if p.name in ('model.safetensors', 'optimizer-00000002.pt')}
 
     def full(tensors, path, metadata):
         path.write_bytes(b'half of it')
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr('safetensors.torch.save_file', full)
-    with pytest.raises(ValueError, match='model.safetensors: cannot be written .*No space left'):
-        train.main(['--resume', '--output_dir', str(tmp_path / 'a'), '--steps', '4'])
+    with pytest.raises(OSError, match='No space left'):
+        train.main(['--resume', str(tmp_path / 'a'), '--steps', '4'])
     monkeypatch.undo()
     assert len(before) == 2 and not list((tmp_path / 'a').glob('*.tmp'))
     assert before.items() <= {p.name: p.read_bytes() for p in (tmp_path / 'a').iterdir()}.items()
-    train.main(['--resume', '--output_dir', str(tmp_path / 'a'), '--steps', '4'])
-
+    train.main(['--resume', str(tmp_path / 'a'), '--steps', '4'])
 
 def test_generation_with_the_cache_is_generation_without():
     model, _, _ = load('tiny', 'meanpool', 32)
@@ -210,35 +172,19 @@ def test_generation_with_the_cache_is_generation_without():
     batch = {'context': torch.arange(96).view(3, 32) + 3}
     cached = model.generate(batch, 40)
     with torch.no_grad():
-        x, ids = model.prefix(batch), []
+        x, ids = model.sequence(batch), []
         for _ in range(40):
             ids.append(model.decoder.logits(model.decoder(x)[0][:, -1]).argmax(-1))
             x = torch.cat([x, model.decoder.embed_tokens(ids[-1][:, None])], dim=1)
         expected = torch.stack(ids, dim=1)
-    for row, alone in zip(cached, expected):
+    for i, (row, alone) in enumerate(zip(cached, expected)):
         end = (alone == 1).nonzero()[0].item() + 1 if (alone == 1).any() else 40
         assert row[:end].tolist() == alone[:end].tolist() and (row[end:] == 1).all()
-    assert torch.equal(cached[1], model.generate({'context': batch['context'][1:2]}, 40)[0]) or cached.shape[1] < 40
-    torch.manual_seed(0)
-    sampled = model.generate(batch, 40, temperature=1.0)
-    assert sampled.shape[0] == 3 and not torch.equal(sampled, cached)
+        assert row[:end].tolist() == model.generate({'context': batch['context'][i:i + 1]}, 40)[0].tolist()
     cache = {}
     model.decoder(torch.zeros(1, 4, 128), cache)
     with pytest.raises(AssertionError, match='2 positions at once, after 4'):
         model.decoder(torch.zeros(1, 2, 128), cache)
-
-
-@pytest.mark.parametrize('temperature', [0.5, 2.0])
-def test_sampling_follows_the_softmax_of_logits_over_the_temperature(temperature):
-    model, _, _ = load('tiny', 'text', 8)
-    logits = torch.full((259,), -1e9).index_put((torch.tensor([5, 6, 7]),), torch.tensor([2.0, 1.0, 0.0]))
-    model.decoder.logits = lambda hidden: logits.expand(len(hidden), 259)
-    torch.manual_seed(0)
-    tokens = model.generate({'context': torch.full((4000, 8), 5)}, 1, temperature)[:, 0]
-    shares = [(tokens == i).float().mean().item() for i in (5, 6, 7)]
-    expected = [math.exp(x / temperature) / sum(math.exp(y / temperature) for y in (2, 1, 0)) for x in (2, 1, 0)]
-    assert shares == pytest.approx(expected, abs=0.03)
-
 
 def test_each_position_sees_itself_and_those_before_it():
     """Also of two: what follows a position changes nothing there, and what precedes it does."""
@@ -253,12 +199,3 @@ def test_each_position_sees_itself_and_those_before_it():
                 other[0, t] += torch.randn(128)
                 change = (decoder(other)[0] - hidden).abs().amax(dim=2)[0]
                 assert (change[:t] < 1e-5).all() and (change[t:] > 1e-4).all(), (T, t, change)
-
-
-def test_a_row_that_ended_repeats_eos():
-    model, _, _ = load('tiny', 'text', 8, text_context_tokens=8)
-    model.decoder.config.eos_token_id = 77
-    step = iter([[5, 77, 6], [77, 9, 6], [3, 3, 77], [4, 4, 4]])
-    model.decoder.logits = lambda hidden: torch.nn.functional.one_hot(torch.tensor(next(step)), 259).float()
-    assert model.generate({'context': torch.full((3, 8), 5)}, 10).tolist() == [[5, 77, 77], [77, 77, 77], [6, 6, 77]]
-    assert set(ENCODERS) >= {'text', 'meanpool', 'conv1d_residual', 'vision'}

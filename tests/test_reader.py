@@ -9,15 +9,16 @@ import torch
 from conftest import GOLDENS, ROOT
 from safetensors.torch import load_file
 
-import eval as evaluation
 import train as training
 from data import prepare
-from eval import edit_distance
+from eval import text_of
 from load_deepseek import load, released_tensors, save
 from render import load_font, render_page, wrap
 
-sys.path.insert(0, str(ROOT / 'results'))
+sys.path[:0] = [str(ROOT / 'results'), str(ROOT / 'examples')]
+import read_page  # noqa: E402
 import reader as lesson  # noqa: E402
+from read_page import edit_distance  # noqa: E402
 
 READER = str(ROOT / 'results' / 'reader')
 # None is from Wikipedia, which it was taught on.
@@ -39,7 +40,7 @@ def read(reader, image, prompt, n):
     batch = {'context': torch.empty(len(image), 0, dtype=torch.long), 'image': image}
     ids = model.generate(batch, n).tolist()
     assert all(1 in row for row in ids), 'it has to end with EOS'
-    return [evaluation.text_of(row, tokenizer, [1]) for row in ids]
+    return [text_of(row, tokenizer, [1]) for row in ids]
 
 @pytest.mark.parametrize('prompt', ['', '\nFree OCR.'])
 def test_it_reads_sentences_that_it_has_never_seen(reader, prompt):
@@ -59,9 +60,8 @@ def test_the_command_reads_a_page_of_any_size(tmp_path, monkeypatch, capsys):
     page.save(tmp_path / 'page.png')
     render_page(text, 512, font_size=2 * size)[0].save(tmp_path / 'large.png')
     for name in ('page', 'large'):
-        evaluation.main(['--model', READER, '--image', str(tmp_path / f'{name}.png'), '--device', 'cpu'])
-        out, err = capsys.readouterr()
-        assert out == f'{text}\n' and not err                                   # not a word about --max_new_tokens
+        read_page.main([str(tmp_path / f'{name}.png'), '--model', READER])
+        assert capsys.readouterr().out == f'{text}\n'
 
 def test_it_looks_at_the_page(reader):
     """Its loss on another passage's page is more than 3 nats a character higher."""
@@ -94,7 +94,7 @@ def test_every_regime_starts_from_it(tmp_path, monkeypatch, capsys):
     prepare('text', 'corpus', lesson.TOKENIZER, 32, 32)
     capsys.readouterr()
     flags = ['--model', READER, '--data', 'corpus', '--steps', '1', '--batch_size', '4', '--workers', '0', '--device', 'cpu',
-             '--gradient_accumulation_steps', '1', '--save_steps', '0']
+             '--gradient_accumulation_steps', '1', '--eval_steps', '1', '--context', '32', '--continuation', '32']
     for regime, rate in (('meanpool', '0.0001'), ('vision', '1e-05')):
         training.main([*flags, '--regime', regime])
         out = capsys.readouterr().out
@@ -102,13 +102,20 @@ def test_every_regime_starts_from_it(tmp_path, monkeypatch, capsys):
         assert ('starts from random weights' in out) == (regime == 'meanpool')
     assert float(re.search(r'val_ppl ([\d.]+)', out)[1]) < 1.5                 # it reads the pages before it has learned
 
+@pytest.mark.parametrize('more', [[], ['--steps', '5']])
+def test_the_lesson_does_not_overwrite_a_model(tmp_path, monkeypatch, more):
+    (tmp_path / 'model.safetensors').write_bytes(b'weights')
+    monkeypatch.setattr(sys, 'argv', ['reader.py', '--data', 'none', '--out', str(tmp_path), *more])
+    with pytest.raises(ValueError, match='holds a model already'):
+        lesson.main()
+    assert (tmp_path / 'model.safetensors').read_bytes() == b'weights'
+
 def test_the_lesson_knows_where_each_letter_stands():
     """The middle of letter i lies between the widths of the line's first i and i + 1 letters."""
     text, edge, expected = 'wide open, ill', 12, []
     _, size, _, _ = render_page(text, 256)
     font = load_font('DejaVuSans.ttf', size)
-    for i, words in enumerate(wrap(text.split(), font, 256 - 2 * edge)):
-        line = ' '.join(word for _, word in words)
+    for i, line in enumerate(wrap(text, font, 256 - 2 * edge)):
         widths = [font.getlength(line[:n]) for n in range(len(line) + 1)]
         row = (edge + i * int(1.2 * size) + 0.6 * size) // 16
         expected += [(row, (edge + (a + b) / 2) // 8) for a, b in zip(widths, widths[1:])] + [None]      # the line's end

@@ -9,7 +9,6 @@ from load_deepseek import load, released_tensors, save, tokenizer_of
 sys.path.insert(0, str(ROOT / 'results'))
 import factual_recall                                         # noqa: E402
 
-
 def test_fact_tokens():
     tokenizer = tokenizer_of('tiny')
     ids = lambda text: torch.tensor([tokenizer.encode_ordinary(text)])
@@ -20,7 +19,6 @@ def test_fact_tokens():
     marked = ''.join(c if m else '_' for c, m in zip(continuation, mask[0]))
     assert marked == '___Ada_____1815_____zeugma____________________'        # known, late and second mentions do not count
     assert factual_recall.words(tokenizer, ids('né a1')[0].tolist()) == [(b'n\xc3\xa9', 0, 3), (b'a1', 4, 6)]
-
 
 def test_command(tmp_path, capsys):
     """A model that knows nothing has ln 259 nats or so on facts and on the rest."""

@@ -11,7 +11,6 @@ import render
 GOLDEN = json.loads((GOLDENS / 'render_goldens.json').read_text(encoding='utf-8'))
 FONT = 'DejaVuSans.ttf'
 
-
 @pytest.mark.parametrize('size', [512, 640, 1024, 1280])
 @pytest.mark.parametrize('name', GOLDEN['render_basic_layout'])
 def test_page(name, size):
@@ -21,10 +20,8 @@ def test_page(name, size):
     assert (font_size, lines) == (expected['font_size'], expected['rendered_lines'])
     assert lost or not expected['is_truncated']                             # boxes and what runs off the edge are lost as well
 
-
 STOCK = ('AVAVAV To Tokyo WAVE. P. "quoted" e\u0301a\u0308 \u0301x fi ffl j\u0327 naïve 中文 العربية ÅÇ LT. Yo, W. Ta T\u00e4 r. 1111 @ _ '
          + GOLDEN['texts']['accents'][:400]).split()
-
 
 def pillow_lines(text, font, width):
     """The lines of a text, every one measured whole."""
@@ -37,7 +34,6 @@ def pillow_lines(text, font, width):
         else:
             line = f'{line} {word}' if line else word
     return lines + [line]
-
 
 @pytest.mark.parametrize('stock', [STOCK, ['ToToToToToTo'], ['Yo,Ta', 'To']])              # kerning adds up to pixels in the last two
 @pytest.mark.parametrize('size', [4, 9, 17, 27, 30])
@@ -53,9 +49,7 @@ def test_lines_are_those_that_pillow_would_draw(size, stock):
     assert (np.asarray(page) == np.asarray(whole)).all()
     text = ' '.join(text.split()[:60])
     for width in range(400, 424):                                                              # some are met to the pixel
-        lines = render.wrap(text.split(), font, width)
-        assert [' '.join(word for _, word in line) for line in lines] == pillow_lines(text, font, width)
-
+        assert list(render.wrap(text, font, width)) == pillow_lines(text, font, width)
 
 def test_the_knobs():
     text = GOLDEN['texts']['prose_1000tok']
@@ -67,13 +61,17 @@ def test_the_knobs():
     assert np.asarray(render.render_page(text, 640, margin=0.25)[0])[:160].min() == 255
     assert render.render_page(' \n ', 128)[1:] == (30, 0, 0)
     assert render.render_page('a b', 64, font_size=1, line_spacing=0.5)[2] == 1
-    with pytest.raises(ValueError, match='nofont'):
+    with pytest.raises(ValueError, match='nofont.ttf: no such font file'):
         render.render_page('a', 128, font='nofont.ttf')
 
+def test_a_damaged_font_file(tmp_path):
+    (tmp_path / 'a.ttf').write_bytes(b'no font')
+    with pytest.raises(ValueError, match='a.ttf: this font cannot be read'):
+        render.render_page('a', 128, font=str(tmp_path / 'a.ttf'))
 
 def test_command(tmp_path, capsys):
     (tmp_path / 'a.txt').write_text(GOLDEN['texts']['prose_1000tok'], encoding='utf-8')
     render.main([str(tmp_path / 'a.txt'), '--size', '640', '--out', str(tmp_path / 'a.png')])
-    assert 'type size 10, 38 lines, 0 of 4305 characters are not on it' in capsys.readouterr().out
+    assert 'font size 10, 38 lines, 0 of 4305 characters are missing from the page' in capsys.readouterr().out
     with Image.open(tmp_path / 'a.png') as page:
         assert hashlib.sha256(page.convert('RGB').tobytes()).hexdigest() == GOLDEN['render_basic_layout']['prose_1000tok']['640']['sha256_rgb']

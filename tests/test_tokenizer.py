@@ -1,9 +1,13 @@
 """The tiktoken encodings against Hugging Face's tokenizers, and the bytes."""
+import json
 import random
 from importlib import resources
 
 import pytest
-from data import encode
+import tiktoken
+from conftest import DEEPSEEK_PASSES
+from data import encode, fingerprint
+from eval import text_of
 from load_deepseek import load_tokenizer, tokenizer_of
 
 tokenizers = pytest.importorskip('tokenizers')
@@ -20,7 +24,6 @@ NASTY = [
     'def f(x):\n    return x  # comment\n', '{"k": [1, 2.5, null]}', 'http://a.b/c?d=e&f', 'C++', 'naïve—dash', 'a–b', 'x…', '«q»',
 ]
 
-
 @pytest.fixture(scope='module')
 def pair():
     path = next(p for p in resources.files(deepseek).iterdir() if p.name == 'tokenizer.json') \
@@ -28,10 +31,8 @@ def pair():
     path = path or next(resources.files(deepseek).rglob('tokenizer.json'))
     return load_tokenizer(path), tokenizers.Tokenizer.from_file(str(path))
 
-
 def theirs(tokenizer, text):
     return tokenizer.encode(text, add_special_tokens=False).ids
-
 
 def test_nasty_strings(pair):
     ours, hf = pair
@@ -39,7 +40,6 @@ def test_nasty_strings(pair):
         assert ours.encode_ordinary(text) == theirs(hf, text), repr(text)
         assert encode(ours, text).tolist() == ours.encode_ordinary(text)
         assert ours.decode(ours.encode_ordinary(text)) == text
-
 
 def test_random_unicode(pair):
     ours, hf = pair
@@ -50,14 +50,12 @@ def test_random_unicode(pair):
         if '<|' not in text:
             assert ours.encode_ordinary(text) == theirs(hf, text), repr(text)
 
-
 def test_known_ids(pair):
     ours, _ = pair
     assert ours.encode_ordinary('# 120s\nThe 120s was a decade')[:3] == [5, 223, 4870]
     assert ours.encode_ordinary('\nFree OCR.') == [201, 21431, 126041, 16]   # the prompt behind the paper's 278 and 78 positions
     for special in ('<｜begin▁of▁sentence｜>', '<think>', '<|EOT|>'):    # special strings in a text are text
         assert special in ours.special_tokens_set and len(encode(ours, f'a {special}')) > 2
-
 
 def test_bytes():
     tokenizer = tokenizer_of('tiny')
@@ -68,7 +66,6 @@ def test_bytes():
         assert tokenizer.decode(ids) == text
     for special in ('<bos>', '<eos>', '<pad>'):
         assert encode(tokenizer, f'a{special}b').tolist() == [3 + b for b in f'a{special}b'.encode()]
-
 
 def test_smollm2s_kind(tmp_path):
     """Single digits, then GPT-2's cuts, over a vocabulary that lacks some bytes, which are refused."""
@@ -85,13 +82,42 @@ def test_smollm2s_kind(tmp_path):
     for text in texts + [''.join(rng.choices(letters, k=rng.randrange(1, 30))) for _ in range(1000)]:
         if '<|' not in text:
             assert ours.encode_ordinary(text) == theirs(hf, text), repr(text)
-    with pytest.raises(ValueError, match='has no token for'):
+    with pytest.raises(ValueError, match='no token for byte 127'):
         encode(ours, 'a\x7f')
 
+def test_what_is_not_exactly_one_of_the_two_is_refused(pair, tmp_path):
+    """Another way of cutting, a normalizer, or ids that do not follow the merges would give other ids in silence."""
+    letters = [chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
+    vocab = {c: 3 + i for i, c in enumerate([*letters, 'he', 'll', 'hell'])}
+    spec = {'normalizer': None, 'pre_tokenizer': DEEPSEEK_PASSES, 'added_tokens': [{'content': '<bos>', 'id': 0}],
+            'model': {'vocab': vocab, 'merges': ['h e', 'l l', 'he ll']}}
 
-def test_another_family_is_refused(tmp_path):
-    for content in ('{}', 'no json', '{"pre_tokenizer": {"pretokenizers": []}, "model": {"vocab": {}, "merges": []}, "added_tokens": []}'):
+    def loaded(**change):
+        (tmp_path / 'tokenizer.json').write_text(json.dumps({**spec, **change}), encoding='utf-8')
+        return load_tokenizer(tmp_path / 'tokenizer.json')
+    assert loaded().encode_ordinary('hell') == [vocab['hell']] == loaded(normalizer={'type': 'Sequence', 'normalizers': []}).encode_ordinary('hell')
+    assert loaded(model={'vocab': vocab, 'merges': [['h', 'e'], ['l', 'l'], ['he', 'll']]}).encode_ordinary('hell') == [vocab['hell']]
+    passes = DEEPSEEK_PASSES['pretokenizers']
+    swapped = {**vocab, 'he': vocab['ll'], 'll': vocab['he']}
+    for change in ({'normalizer': {'type': 'Lowercase'}}, {'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [*passes[:-1], {**passes[-1], 'add_prefix_space': True}]}},
+                   {'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': passes[1:]}}, {'pre_tokenizer': None}, {'model': {'vocab': swapped, 'merges': spec['model']['merges']}},
+                   {'model': {'vocab': {**vocab, 'never': 999}, 'merges': spec['model']['merges']}}):
+        with pytest.raises(ValueError, match='tokenizer.json: ') as e:
+            loaded(**change)
+        assert '\n' not in str(e.value)
+    for content in ('{}', 'no json'):
         (tmp_path / 'tokenizer.json').write_text(content, encoding='utf-8')
-        with pytest.raises(ValueError) as e:
+        with pytest.raises(ValueError, match='tokenizer.json'):
             load_tokenizer(tmp_path / 'tokenizer.json')
-        assert 'tokenizer.json' in str(e.value)
+
+def test_the_fingerprint_knows_ids_and_tokens():
+    ranks = {bytes([b]): 3 + b for b in range(256)}
+    make = lambda ranks, name='bytes': fingerprint(tiktoken.Encoding(name, pat_str='(?s:.)', mergeable_ranks=ranks, special_tokens={}))
+    turned = {token: 261 - i for token, i in ranks.items()}
+    assert make(ranks) == make(dict(reversed(ranks.items())))
+    assert len({make(ranks), make(turned), make({**ranks, b'ab': 300}), make(ranks, 'other')}) == 4
+
+def test_ids_without_a_token_are_dropped():
+    """Those above all, and those in a gap; after the first that ends a text, nothing counts."""
+    tokenizer = tiktoken.Encoding('gap', pat_str='(?s:.)', mergeable_ranks={bytes([b]): 2 * b for b in range(256)}, special_tokens={})
+    assert text_of([194, 195, 9999, 196], tokenizer) == 'ab' and text_of([194, 7, 196], tokenizer, [7]) == 'a'

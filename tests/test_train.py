@@ -1,7 +1,6 @@
 """One run: the schedule, the optimiser's trajectory, every regime and objective, resuming, and a fork's own encoder."""
 import json
 import math
-import signal
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ import train
 from data import Batches, prepare
 from load_deepseek import load, load_run, read_json, tokenizer_of
 
-
 @pytest.fixture(scope='session')
 def corpus(tmp_path_factory):
     """Python's manual in segments of 32 + 32 bytes."""
@@ -22,24 +20,13 @@ def corpus(tmp_path_factory):
     prepare('pydoc', folder, tokenizer_of('tiny'), 32, 32, train_segments=200, val_segments=24)
     return str(folder)
 
-
-@pytest.fixture(autouse=True)
-def restore_signals():
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for s, handler in before.items():
-        signal.signal(s, handler)
-
-
 def run(corpus, out, *flags, steps=4):
-    train.main(['--data', corpus, '--output_dir', str(out), '--steps', str(steps), '--batch_size', '4', '--log_steps', '1',
+    train.main(['--data', corpus, '--output_dir', str(out), '--steps', str(steps), '--batch_size', '4', '--log_steps', '1', '--context', '32', '--continuation', '32',
                 '--eval_segments', '8', '--workers', '0', *flags])
     return [json.loads(line) for line in (out / 'log.jsonl').read_text(encoding='utf-8').splitlines()]
 
-
 def losses(log):
     return [(line['step'], line['loss'], line['grad_norm']) for line in log if 'loss' in line]
-
 
 def test_schedule(loss_golden):
     for name, expected in loss_golden[1]['lr_schedules'].items():
@@ -47,7 +34,6 @@ def test_schedule(loss_golden):
             steps, ratio, base = (float(part.lstrip('totalraiobse')) for part in name.split('_'))
             ours = [base * train.learning_rate_scale(i, int(steps), ratio) for i in range(len(expected))]
             assert ours == pytest.approx(expected, rel=1e-9, abs=1e-18), name
-
 
 @pytest.mark.parametrize('name', ['meanpool_single_group', 'conv_two_groups'])
 def test_trajectory(weights, loss_golden, name):
@@ -65,7 +51,8 @@ def test_trajectory(weights, loss_golden, name):
         batches = [{key: g[f'traj.{short}{2 * step + a}'].long() for key, short in (('context', 'ctx'), ('continuation', 'cont'))}
                    for a in range(2)]
         scale = train.learning_rate_scale(step, 6, 0.34)
-        loss, norm = train.train_step(model, optimizer, batches, scale, args.max_grad_norm, torch.device('cpu'))
+        report = train.train_step(model, optimizer, batches, scale, args.max_grad_norm, torch.device('cpu'))
+        loss, norm = report['loss'], report['grad_norm']
         assert loss.item() == pytest.approx(sum(expected['micro_losses']) / 2, abs=1e-4)
         assert norm.item() == pytest.approx(expected['grad_norm_before_clip'], rel=1e-4)
         assert [group['lr'] for group in optimizer.param_groups] == pytest.approx(expected['lr'] * (2 // len(expected['lr'])), rel=1e-9)
@@ -75,7 +62,6 @@ def test_trajectory(weights, loss_golden, name):
     model.eval()
     final = model({'context': g['context'], 'continuation': g['continuation']})[0].mean().item()
     assert final == pytest.approx(case['final_eval_loss_on_context_continuation'], abs=1e-4)
-
 
 @pytest.mark.parametrize('objective', ['reconstruction', 'lm'])
 @pytest.mark.parametrize('regime', encoders.ENCODERS)
@@ -89,23 +75,20 @@ def test_every_regime_trains_and_evaluates(corpus, tmp_path, capsys, regime, obj
     out = capsys.readouterr().out
     assert f'| {objective} |' in out and '--- original' in out
 
-
 def test_the_step_is_no_longer_than_the_clipped_gradient(corpus):
     """With plain gradient descent the weights move by rate x max_grad_norm where the gradient is longer than that."""
     model, tokenizer, _ = load('tiny', 'meanpool', 32)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     optimizer = torch.optim.SGD([{'params': list(model.parameters()), 'peak_lr': 0.5}])
-    _, norm = train.train_step(model, optimizer, [Batches(corpus, 'train', 4, tokenizer)[0]], 0.1, 0.02, torch.device('cpu'))
+    report = train.train_step(model, optimizer, [Batches(corpus, 'train', 4, tokenizer)[0]], 0.1, 0.02, torch.device('cpu'))
     moved = (torch.cat([p.detach().flatten() for p in model.parameters()]) - before).norm()
-    assert norm > 0.1 and moved == pytest.approx(0.5 * 0.1 * 0.02, rel=1e-2)
-
+    assert report['grad_norm'] > 0.1 and moved == pytest.approx(0.5 * 0.1 * 0.02, rel=1e-2)
 
 def test_the_defaults_are_those_of_the_paper():
     args = train.flags().parse_args([])
     paper = dict(batch_size=8, gradient_accumulation_steps=6, learning_rate=1e-4, weight_decay=0.01, beta2=0.999, warmup_ratio=0.1,
-                 max_grad_norm=1.0, compression_window_size=None, eval_steps=500, save_steps=500)
+                 max_grad_norm=1.0, context=1000, continuation=1000, eval_steps=500)
     assert {name: getattr(args, name) for name in paper} == paper
-
 
 def test_evaluation_is_the_mean_over_tokens_at_any_batch_size(corpus, tmp_path):
     run(corpus, tmp_path / 'run', steps=1)
@@ -119,49 +102,70 @@ def test_evaluation_is_the_mean_over_tokens_at_any_batch_size(corpus, tmp_path):
         assert result['loss'] == pytest.approx(token_losses.mean().item(), abs=1e-5)
         assert result['ppl'] == pytest.approx(math.exp(result['loss'])) and result['accuracy'] == pytest.approx(hits.float().mean().item())
 
-
 class Noisy(encoders.Conv1dResidual):
     """Draws random numbers."""
 
     def forward(self, batch, embed):
         return torch.nn.functional.dropout(super().forward(batch, embed), training=self.training)
 
-
 def test_resume_is_exact(corpus, tmp_path, capsys, monkeypatch):
     """Stopped in between and resumed, a run's losses are bit for bit those of a run that was not."""
     monkeypatch.setitem(encoders.ENCODERS, 'noisy', Noisy)
-    flags = ('--regime', 'noisy', '--gradient_accumulation_steps', '2', '--save_steps', '3')
+    flags = ('--regime', 'noisy', '--gradient_accumulation_steps', '2', '--eval_steps', '3')
     whole = run(corpus, tmp_path / 'whole', *flags, steps=9)
 
-    evaluate, calls = train.evaluate, []
-    train.evaluate = lambda *a: calls.append(1) or signal.raise_signal(signal.SIGTERM) or evaluate(*a)
-    try:
-        parts = run(corpus, tmp_path / 'parts', *flags, '--eval_steps', '5', steps=9)              # stops behind step 5
-    finally:
-        train.evaluate = evaluate
-    assert losses(parts)[-1][0] < 9 and 'val_loss' not in parts[-1] or len(calls) == 1
-    with open(tmp_path / 'parts' / 'log.jsonl', 'a', encoding='utf-8') as f:
-        f.write('{"step": 8, "loss": 0.0, "grad_norm": 0.0}\n')                                    # a line beyond the last save
-    train.main(['--resume', '--output_dir', str(tmp_path / 'parts')])
-    log = [json.loads(line) for line in (tmp_path / 'parts' / 'log.jsonl').read_text(encoding='utf-8').splitlines()]
-    assert losses(log) == losses(whole)
-    assert log[-1]['val_loss'] == whole[-1]['val_loss'] and log[-1]['best_val_loss'] == min(line['val_loss'] for line in log if 'val_loss' in line)
-    train.main(['--resume', '--output_dir', str(tmp_path / 'parts')])                              # of a run that is at its end
-    assert len((tmp_path / 'parts' / 'log.jsonl').read_text(encoding='utf-8').splitlines()) == len(log)
+    step, parts = train.train_step, tmp_path / 'parts'
+    calls = []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return step(*args)
+    monkeypatch.setattr(train, 'train_step', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(corpus, parts, *flags, steps=9)
+    monkeypatch.setattr(train, 'train_step', step)
+    with open(parts / 'log.jsonl', 'a', encoding='utf-8') as f:
+        f.write('{"step": 8, "loss": 0.0, "grad_norm": 0.0}\n{"step": 9, "lo')                     # beyond the last save, and cut short
+    train.main(['--resume', str(parts)])
+    log = [json.loads(line) for line in (parts / 'log.jsonl').read_text(encoding='utf-8').splitlines()]
+    assert losses(log) == losses(whole) and log[-1]['val_loss'] == whole[-1]['val_loss']
+    train.main(['--resume', str(parts)])                                                           # of a run that is at its end
+    assert len((parts / 'log.jsonl').read_text(encoding='utf-8').splitlines()) == len(log)
     assert capsys.readouterr().out.endswith('has its 9 steps; set more with --steps\n')
-    for (name, a), (_, b) in zip(load_run(tmp_path / 'whole')[0].named_parameters(), load_run(tmp_path / 'parts')[0].named_parameters()):
+    for (name, a), (_, b) in zip(load_run(tmp_path / 'whole')[0].named_parameters(), load_run(parts)[0].named_parameters()):
         assert torch.equal(a, b), name
+    (parts / 'log.jsonl').unlink()                                                                 # costs the log, not the run
+    train.main(['--resume', str(parts), '--steps', '10'])
+    assert losses([json.loads(line) for line in (parts / 'log.jsonl').read_text(encoding='utf-8').splitlines()])[0][0] == 10
 
+def test_what_a_resumed_run_may_change(corpus, tmp_path, capsys):
+    """How long it runs, where and what it reports; nothing that changes what it learns."""
+    other = tmp_path / 'other'
+    prepare('pydoc', other, tokenizer_of('tiny'), 32, 32, train_segments=20, val_segments=4)
+    out = tmp_path / 'a'
+    run(corpus, out, '--gradient_accumulation_steps', '2', steps=2)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for name, value in (('data', str(other)), ('seed', '1'), ('batch_size', '8'), ('gradient_accumulation_steps', '1'), ('learning_rate', '0.1'),
+                        ('encoder_lr', '0.1'), ('weight_decay', '0.1'), ('beta2', '0.5'), ('warmup_ratio', '0.5'), ('max_grad_norm', '2'), ('weights', 'bf16'),
+                        ('regime', 'text'), ('objective', 'lm'), ('context', '16'), ('hybrid_text_tokens', '1'), ('compression_window_size', '8'), ('model', 'full')):
+        assert f'--{name}' in said(capsys, train.main, ['--resume', str(out), '--steps', '3', f'--{name}', value]), name
+    assert '--low_memory' in said(capsys, train.main, ['--resume', str(out), '--low_memory'])
+    assert '--train_encoder' in said(capsys, train.main, ['--resume', str(out), '--no-train_encoder'])
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    train.main(['--resume', str(out), '--steps', '4', '--workers', '1', '--device', 'cpu', '--no-compile', '--log_steps', '2', '--eval_steps', '1',
+                '--eval_segments', '4', '--seed', '0'])
+    args = read_json(out / 'config.json')['run']['args']
+    assert not {'workers', 'device', 'compile'} & set(args) and args['steps'] == 4                 # the machine's are not inherited
+    assert train.parse_args(['--resume', str(out)]).workers is None and train.parse_args(['--model', str(out)]).device == 'auto'
 
-def test_a_resumed_run_takes_new_flags_where_it_can(corpus, tmp_path):
-    out = tmp_path / 'page'
-    run(corpus, out, '--regime', 'vision', '--vision_mode', '128', steps=2)
-    train.main(['--resume', '--output_dir', str(out), '--steps', '4', '--learning_rate', '0'])
-    log = [json.loads(line) for line in (out / 'log.jsonl').read_text(encoding='utf-8').splitlines()]
-    assert [line['lr'] > 0 for line in log if 'lr' in line] == [True, True, False, False]
-    with pytest.raises(ValueError, match='Adafactor-00000004.pt: missing or damaged'):
-        train.main(['--resume', '--output_dir', str(out), '--steps', '5', '--optimizer', 'adafactor'])
-
+def test_random_numbers_of_seeds_and_steps_do_not_meet(corpus, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, 'train_step', lambda *a, **k: seen.append(torch.initial_seed()) or {'loss': torch.zeros(()), 'grad_norm': torch.zeros(())})
+    for seed in range(3):
+        run(corpus, tmp_path / str(seed), '--seed', str(seed), '--eval_steps', '0', steps=5)
+    assert len(set(seen)) == 15
 
 def test_stage_two_keeps_weights_and_settings(corpus, tmp_path):
     run(corpus, tmp_path / 'one', '--regime', 'meanpool', '--compression_window_size', '8', steps=2)
@@ -169,7 +173,6 @@ def test_stage_two_keeps_weights_and_settings(corpus, tmp_path):
     one, two = load_run(tmp_path / 'one')[0], load_run(tmp_path / 'two')[0]
     assert two.objective == 'lm' and two.encoder.compression_window_size == 8
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
-
 
 def test_learning_rates_and_freezing(corpus, tmp_path, capsys):
     def rate(out, *flags):
@@ -182,12 +185,11 @@ def test_learning_rates_and_freezing(corpus, tmp_path, capsys):
     config['run']['pretrained_encoder'] = True                                                     # as if from the released weights
     (tmp_path / 'b' / 'config.json').write_text(json.dumps(config), encoding='utf-8')
     assert rate('c', '--model', str(tmp_path / 'b')) == '1e-05'
-    run(corpus, tmp_path / 'd', '--regime', 'conv1d_residual', '--no-train-encoder', '--learning_rate', '0.1', steps=1)
+    run(corpus, tmp_path / 'd', '--regime', 'conv1d_residual', '--no-train_encoder', '--learning_rate', '0.1', steps=1)
     run(corpus, tmp_path / 'e', '--regime', 'conv1d_residual', '--learning_rate', '0', steps=1)
     frozen, initial = load_run(tmp_path / 'd')[0], load_run(tmp_path / 'e')[0]
     assert all(torch.equal(a, b) for a, b in zip(frozen.encoder.parameters(), initial.encoder.parameters()))
     assert not torch.equal(frozen.decoder.norm.weight, initial.decoder.norm.weight)
-
 
 class Stride(nn.Module):
     """A compressor as a fork would add it: every n-th embedding, times a learned scale.
@@ -202,13 +204,12 @@ class Stride(nn.Module):
     def forward(self, batch, embed):
         return embed(batch['context'][:, ::self.keep_every]) * self.scale + self.bias
 
-
 def test_a_new_encoder_is_a_class_and_a_line(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(encoders.ENCODERS, 'stride', Stride)
     assert 'n, 100% divided' in train.flags().format_help()
     run(corpus, tmp_path / 'run', '--regime', 'stride', '--keep_every', '8', steps=2)
     evaluation.main([str(tmp_path / 'run'), '--segments', '4'])
-    assert 'keep_every 8, scaled True, bias -1.0 | 5 | 6.4 |' in capsys.readouterr().out                                  # BOS and 4 of 32 tokens
+    assert 'keep_every 8, scaled True, bias -1.0 | 5 | 6.40 |' in capsys.readouterr().out                                  # BOS and 4 of 32 tokens
     model, _, config = load_run(tmp_path / 'run')
     assert config['run']['settings'] == {'keep_every': 8, 'scaled': True, 'bias': -1.0}
     assert not torch.equal(model.encoder.scale, torch.ones(128))
@@ -217,7 +218,6 @@ def test_a_new_encoder_is_a_class_and_a_line(corpus, tmp_path, capsys, monkeypat
     assert (args.keep_every, args.scaled, args.conv_gain, args.bias) == (8, False, 0, -1.0)
     run(corpus, tmp_path / 'fixed', '--regime', 'stride', '--no-scaled', steps=2)                              # what an encoder froze stays so
     assert torch.equal(load_run(tmp_path / 'fixed')[0].encoder.scale, torch.ones(128))
-
 
 class Queries(nn.Module):
     """Attention pooling, with a parameter that has its setting's name."""
@@ -230,15 +230,49 @@ class Queries(nn.Module):
         x = embed(batch['context'])
         return (self.queries @ x.transpose(1, 2)).softmax(dim=-1) @ x
 
-
 def test_a_setting_may_share_its_name_with_a_parameter(monkeypatch):
     monkeypatch.setitem(encoders.ENCODERS, 'queries', Queries)
     model, _, config = load('tiny', 'queries', 32, queries=7)
-    assert config['run']['settings'] == {'queries': 7} and model.prefix({'context': torch.zeros(2, 32, dtype=torch.long)}).shape == (2, 8, 128)
+    assert config['run']['settings'] == {'queries': 7} and model.sequence({'context': torch.zeros(2, 32, dtype=torch.long)}).shape == (2, 8, 128)
     monkeypatch.setattr(Queries, 'forward', lambda self, batch, embed: embed(batch['context']).mT)
     with pytest.raises(AssertionError, match=r'memory \(2, 128, 32\), not \(2, M, 128\)'):
-        model.prefix({'context': torch.zeros(2, 32, dtype=torch.long)})
+        model.sequence({'context': torch.zeros(2, 32, dtype=torch.long)})
 
+class Quantised(nn.Module):
+    """Means of four, pulled towards a code, with a loss of its own; starts from the decoder's first layer."""
+
+    def __init__(self, config, context_length):
+        super().__init__()
+        self.code = nn.Parameter(torch.ones(config.hidden_size))
+        self.starts = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def start_from(self, decoder):
+        self.starts += 1
+        self.code.data.copy_(decoder.layers[0].input_layernorm.weight + 1)
+
+    def forward(self, batch, embed):
+        x = embed(batch['context']).unflatten(1, (-1, 4)).mean(dim=2)
+        self.loss = 0.5 * (self.code - x.detach()).pow(2).mean()
+        return x + self.code
+
+def test_an_encoder_may_have_a_loss_and_start_from_the_decoder(corpus, tmp_path, monkeypatch):
+    monkeypatch.setitem(encoders.ENCODERS, 'quantised', Quantised)
+    log = run(corpus, tmp_path / 'one', '--regime', 'quantised', '--gradient_accumulation_steps', '2', steps=2)
+    assert log[0]['encoder_loss'] == pytest.approx(2.0, abs=0.05)                                  # (2 - 0) squared, halved; embeddings are small
+    model = load_run(tmp_path / 'one')[0]
+    assert model.encoder.starts == 1 and not torch.equal(model.encoder.code, torch.full((128,), 2.0))
+    run(corpus, tmp_path / 'two', '--model', str(tmp_path / 'one'), '--objective', 'lm', steps=1)   # it has one: it does not start again
+    assert load_run(tmp_path / 'two')[0].encoder.starts == 1
+    model, tokenizer, _ = load('tiny', 'quantised', 32)
+    optimizer = torch.optim.SGD([{'params': [model.encoder.code], 'peak_lr': 0.0}])
+    monkeypatch.setattr(optimizer, 'zero_grad', lambda set_to_none: None)
+    batches = [Batches(corpus, 'train', 4, tokenizer)[i] for i in range(2)]
+    train.train_step(model, optimizer, batches, 1.0, 1e9, torch.device('cpu'))
+    found, model.encoder.code.grad = model.encoder.code.grad, None
+    for batch in batches:
+        losses, _, extra = model(batch)                                                            # divided by the accumulation, like the rest
+        ((losses.mean() + extra['balance_loss'] + model.encoder.loss) / 2).backward()
+    assert torch.allclose(found, model.encoder.code.grad, atol=1e-6)
 
 def test_batch_n_is_a_function_of_seed_and_n(corpus):
     tokenizer = tokenizer_of('tiny')
