@@ -36,7 +36,8 @@ def plain_moe(self, x):
     balance_loss = self.alpha * (count * (E / (T * self.top_k)) * probs.mean(dim=1)).sum(dim=1).mean()
     rows = x.flatten(0, 1).repeat_interleave(self.top_k, dim=0)
     out = None
-    for e, (gate, up, down) in enumerate(zip(*(self.experts[name].unbind() for name in ('gate_proj', 'up_proj', 'down_proj')))):
+    for e, (gate_up, down) in enumerate(zip(self.experts.gate_up_proj, self.experts.down_proj)):
+        gate, up = gate_up.chunk(2)
         mine = rows[choices == e]
         y = (F.silu(mine @ gate.T) * (mine @ up.T)) @ down.T
         out = torch.empty(len(rows), y.shape[1], dtype=y.dtype, device=y.device) if out is None else out
