@@ -9,8 +9,8 @@ Documents to token segments on disk, once; segments to batches, as they are need
     DIR/meta.json              the tokenizer, the lengths, and counts of what is in it
 
 About a tenth of the segments is for validation. All segments of a document are on the same side,
-and texts that come twice count once. Pages are drawn when a batch is made: 510,000 segments of
-2,000 tokens take 4.1 GB on disk, their pages as PNG 828 GB.
+unless it is more than a tenth of the corpus, and texts that come twice count once. Pages are drawn
+when a batch is made: 510,000 segments of 2,000 tokens take 4.1 GB on disk, their pages 828 GB.
 """
 import argparse
 import hashlib
@@ -130,7 +130,7 @@ def encode(tokenizer, text):
     return np.concatenate(ids)
 
 def fingerprint(tokenizer):
-    """Identifies a tokenizer: its name and a hash of all its tokens and their ids."""
+    """Identifies a tokenizer: its name and a hash of its tokens and their ids."""
     digest = hashlib.sha256()
     for token in tokenizer.token_byte_values():
         digest.update(f'{tokenizer.encode_single_token(token)} {token} '.encode())
@@ -139,20 +139,24 @@ def fingerprint(tokenizer):
 # ---- a corpus
 
 def split(sizes, train_limit, val_limit, share):
-    """The sides of documents of so many segments: a list of (side, first segment, how many). A
-    document goes to validation whenever that side has less than its share."""
+    """Assign documents to training and validation. sizes: how many segments each document has.
+    Returns [(side, first segment, how many)]. A document goes to validation whenever that side has
+    less than its share of what has been assigned."""
     total = sum(sizes)
     counts = {'train': 0, 'val': 0}
     pieces = []
     first = 0
     for size in sizes:
-        # More than a tenth of everything is a book, no article: it may be on both sides.
-        step = max(total // 40, 1) if size > total // 10 else max(size, 1)
+        step = max(size, 1)
+        if size > total // 10:              # a book: cut into pieces, which may go to both sides
+            step = max(total // 40, 1)
         for start in range(0, size, step):
-            side, room = 'train', train_limit - counts['train']
-            if room <= 0 or counts['val'] < min(val_limit, share * sum(counts.values())):
-                side, room = 'val', val_limit - counts['val']
-            n = int(min(step, size - start, room))
+            side = 'train'
+            wanted = min(val_limit, share * (counts['train'] + counts['val']))
+            if counts['val'] < wanted or counts['train'] >= train_limit:
+                side = 'val'
+            limit = train_limit if side == 'train' else val_limit
+            n = int(min(step, size - start, limit - counts[side]))
             pieces.append((side, first + start, n))
             counts[side] += n
         first += size
@@ -160,13 +164,16 @@ def split(sizes, train_limit, val_limit, share):
 
 def repeated(val, train):
     """Which segments of val (n, length) stand in train (m, length), at any offset: bool (n,)."""
-    text = train.tobytes()
+    train_bytes = train.tobytes()
     segments = [row.tobytes() for row in val]
-    beginnings = {segment[:64] for segment in segments}     # most places are told apart by these
+    size = len(segments[0])
+    # Compare short beginnings first. Only where they agree, look at the whole segment.
+    probe = min(64, size)
+    beginnings = {segment[:probe] for segment in segments}
     found = set()
-    for i in range(0, len(text), train.itemsize):
-        if text[i:i + 64] in beginnings:
-            found.add(text[i:i + len(segments[0])])
+    for i in range(0, len(train_bytes), train.itemsize):
+        if train_bytes[i:i + probe] in beginnings:
+            found.add(train_bytes[i:i + size])
     return np.array([segment in found for segment in segments])
 
 def prepare(source, out, tokenizer, context, continuation, train_segments=None, val_segments=None,
@@ -179,7 +186,7 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
     val_limit = val_segments or np.inf
     share = 0.1
     if train_segments is not None:
-        val_limit = val_segments or (train_segments + 8) // 9       # a tenth of the total
+        val_limit = val_segments or -(-train_segments // 9)         # a tenth of the total
         share = val_limit / (train_limit + val_limit)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'{out.name}.tmp', dir=out.parent) as temporary:
@@ -194,7 +201,8 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
                 if text is None:
                     counts['unreadable'] += 1
                     if counts['unreadable'] == 1:
-                        tqdm.write(f'{place}: left out, as it is not UTF-8 text; more are counted')
+                        tqdm.write(f'{place}: left out, as it is neither UTF-8 text nor JSON; any '
+                                   'more are only counted')
                 elif hash(text) in seen:
                     counts['seen before'] += 1
                 else:
@@ -254,12 +262,14 @@ def version_of(source):
     return [(str(path), path.stat().st_mtime_ns) for path in find_files(source)]
 
 def open_corpus(source, tokenizer, context, continuation):
-    """The folder and the meta.json of a corpus: of `source` if data.py made that, else of one under
-    corpora/, which is made if need be. Raises ValueError or OSError."""
+    """The folder and the meta.json of a corpus. If data.py made `source`, that is it. Otherwise it
+    is the corpus of that source under corpora/, made first if it is not there. Raises ValueError or
+    OSError."""
     wanted = wanted_of(tokenizer, context, continuation)
     folder = Path(source)
     meta_path = folder / 'meta.json'
-    if not meta_path.exists() or 'format' not in read_json(meta_path):
+    is_corpus = meta_path.exists() and 'format' in read_json(meta_path)
+    if not is_corpus:
         version = version_of(source)
         key = hashlib.sha256(json.dumps([wanted, version]).encode()).hexdigest()[:8]
         name = folder.resolve().name
@@ -316,11 +326,11 @@ class Batches(Dataset):
     def rows(self, i):
         """The numbers of the segments of batch i."""
         rows = []
-        for k in range(i * self.batch_size, (i + 1) * self.batch_size):
-            epoch, k = divmod(k, self.n)
+        for position in range(i * self.batch_size, (i + 1) * self.batch_size):
+            epoch, k = divmod(position, self.n)
             if self.side == 'train':
                 rows.append(permutation(self.n, self.seed, epoch)[k])
-            elif epoch == 0:
+            elif epoch == 0:                # validation ends after one pass
                 rows.append(k * self.meta['val'] // self.n)
         return rows
 

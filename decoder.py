@@ -21,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 # An objective is a choice of target and nothing else: to add one, add a line.
 OBJECTIVES = {'reconstruction': 'context', 'lm': 'continuation'}
 
+LOGITS_AT_ONCE = 2 ** 27                    # in fp32, half a GB
+
 @dataclass
 class DecoderConfig:
     """Sizes, named as in the released config.json. The defaults are DeepSeek-OCR's."""
@@ -44,8 +46,8 @@ class DecoderConfig:
     vision: object = None                   # encoders.VisionConfig
 
 def initialize(module, width):
-    """Draw all matrices of a module of this width from a normal distribution."""
-    std = 0.02 * (1280 / width) ** 0.5      # 0.02 at DeepSeek-OCR's width
+    """Draw all matrices of a module from a normal distribution. width: D, of the decoder."""
+    std = 0.02 * (1280 / width) ** 0.5      # 0.02 at DeepSeek-OCR's width of 1280
     for p in module.parameters():
         if p.dim() > 1:
             nn.init.normal_(p, std=std)
@@ -93,7 +95,7 @@ class Attention(nn.Module):
                 k = torch.cat([past_k, k], dim=2)
                 v = torch.cat([past_v, v], dim=2)
             cache[self.layer] = k, v
-        # A single new token sees everything before it. Several come only while the cache is empty.
+        # One new token sees everything before it. More than one comes only without a past.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, D))
 
@@ -111,9 +113,9 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 class Gather(torch.autograd.Function):
-    """y = x[index]. Each row of x stands k times in y, copy j of row i at y[where[i k + j]]. So the
-    backward pass can gather as well and add up k rows. The usual one scatters, which on a GPU adds
-    in a random order, and in bf16."""
+    """y = x[index], where each row of x is copied k times. `where` lists the places in y of the k
+    copies of the first row, then of the second, and so on. So the gradient of a row is the sum of
+    grad at k places: a gather. Autograd would scatter, which on a GPU adds in a random order."""
 
     @staticmethod
     def forward(ctx, x, index, where, k):
@@ -130,10 +132,10 @@ class Gather(torch.autograd.Function):
 def grouped_linear(x, weight, ends):
     """x (rows, in), sorted by expert, times weight (E, out, in) -> (rows, out). The rows of expert
     e end before ends[e]."""
-    # torch's kernel needs no host-device sync. It takes bf16, and fp32 on a CPU, if rows are whole
-    # multiples of 16 bytes.
-    whole = all(width * x.element_size() % 16 == 0 for width in weight.shape[1:])
-    if whole and (x.dtype == torch.bfloat16 or x.device.type == 'cpu'):
+    # F.grouped_mm needs no host-device sync. It takes bf16, and fp32 on a CPU, in rows of a
+    # multiple of 16 bytes.
+    is_aligned = all(width * x.element_size() % 16 == 0 for width in weight.shape[1:])
+    if is_aligned and (x.dtype == torch.bfloat16 or x.device.type == 'cpu'):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     outputs = []
     start = 0
@@ -181,21 +183,23 @@ class MoE(nn.Module):
         share = count / (T * k)
         balance_loss = self.alpha * (E * share * probs.mean(dim=1)).sum(dim=1).mean()
 
-        # Sort the B T k choices by expert. Row r below is choice order[r], made by token
-        # order[r] // k, and choice c ends up in row where[c].
-        order = top_e.flatten().argsort(stable=True)                # (BTk,)
-        rows = torch.arange(len(order), device=x.device)
-        where = torch.empty_like(order).scatter_(0, order, rows)            # its inverse
+        # The B T k choices, k of each token, sorted by expert: row r is choice choice_of_row[r],
+        # and choice c stands in row row_of_choice[c], the inverse permutation.
+        choice_of_row = top_e.flatten().argsort(stable=True)        # (BTk,)
+        token_of_row = choice_of_row // k
+        rows = torch.arange(len(choice_of_row), device=x.device)
+        row_of_choice = torch.empty_like(rows).scatter_(0, choice_of_row, rows)
         ends = count.sum(dim=0).cumsum(dim=0).to(torch.int32)       # (E,)
 
         # Autocast does not reach the grouped product. The shared experts' output has its dtype.
         shared = self.shared_experts(x)
         gate_up_proj = self.experts.gate_up_proj.type_as(shared)
         down_proj = self.experts.down_proj.type_as(shared)
-        tokens = Gather.apply(x.type_as(shared).flatten(0, 1), order // k, where, k)    # (BTk, D)
+        x = x.type_as(shared).flatten(0, 1)                         # (BT, D)
+        tokens = Gather.apply(x, token_of_row, row_of_choice, k)    # (BTk, D)
         gate, up = grouped_linear(tokens, gate_up_proj, ends).chunk(2, dim=-1)
         outputs = grouped_linear(F.silu(gate) * up, down_proj, ends)  # (BTk, D)
-        outputs = Gather.apply(outputs, where, order, 1)                    # by token again
+        outputs = Gather.apply(outputs, row_of_choice, choice_of_row, 1)    # by token again
         weighted = outputs.view(B, T, k, D) * top_p[..., None]              # fp32, as top_p is
         return shared + weighted.sum(dim=2).type_as(shared), balance_loss
 
@@ -246,7 +250,8 @@ class Decoder(nn.Module):
         T = x.shape[1]
         start = 0
         if cache:
-            start = cache[0][0].shape[2]
+            keys, _ = cache[0]              # of the first layer
+            start = keys.shape[2]
             assert T == 1, f'{T} positions at once, after {start} in the cache'
         cos, sin = rotary(x, self.config, start)
         balance_loss = torch.zeros((), device=x.device)
@@ -272,7 +277,8 @@ class Decoder(nn.Module):
             return loss, logits.argmax(dim=-1) == target
 
         hidden = hidden.flatten(0, 1)
-        rows = rows or max(2 ** 27 // self.config.vocab_size, 1)
+        if rows is None:
+            rows = max(LOGITS_AT_ONCE // self.config.vocab_size, 1)
         if torch.compiler.is_compiling():
             rows = len(hidden)              # compiled, chunks would all be in memory at once
         loss, hit = [], []

@@ -14,19 +14,21 @@ The encoders: a context of T tokens becomes a memory of M vectors, as wide as th
 To add an encoder, write a class with the constructor (config, context_length, *, settings) and
 register it in ENCODERS under its --regime. config is a decoder.DecoderConfig. A setting is
 annotated as bool, int, float or str, or as one of them or None. It becomes a flag of train.py,
-whose help is the line "name: help" of the docstring, is stored in config.json, and labels the row
-of the table. If the encoder has a number or a string under the setting's name, that is stored.
+whose help is the line "name: help" of the docstring. config.json stores it, and it labels the row
+of the table. If the constructor replaces a default of None, let it set self.<name> to the value in
+use: then config.json stores that.
 
 Three optional extras of an encoder: `prompt`, a text that the decoder reads after the memory;
 `loss`, a scalar that forward() sets and that is trained on and logged; and `start_from(decoder)`,
 called once if the encoder starts from random weights. Embeddings carry no positions: attention
 over them sees a bag of words unless you add some.
 
-B batch, T context tokens, M memory vectors, D decoder width, S page side in pixels, C channels,
-H W height and width in patches, h vectors a side, n heads, d head width. References: arXiv
-2512.03643 (the compressors); DeepSeek-OCR's deepencoder.py, whose parameter names are kept.
+B batch, T context tokens, M memory vectors, D decoder width, L a length, S page side in pixels, C
+channels, H W height and width in patches, h vectors a side, n heads, d head width. References:
+arXiv 2512.03643 (the compressors); DeepSeek-OCR's deepencoder.py, whose parameter names are kept.
 """
 import inspect
+import math
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +85,9 @@ class MeanPool(nn.Module):
             raise ValueError(f'compression_window_size {w} with compression_stride {s} does not '
                              f'fit a context of {context_length} tokens')
         self.compression_window_size = w
-        self.stride = s            # under another name, so a run with another window has its own
+        # Not self.compression_stride, which would be stored: a run that starts from this one with
+        # another window would inherit the stride of this window.
+        self.stride = s
         self.separator = learned(config.hidden_size)
 
     def forward(self, batch, embed):
@@ -163,8 +167,8 @@ WINDOW = 14                                 # patches a side of SAM's windows
 CLIP_GRID = 16                              # patches a side of CLIP's position table
 
 def resize_positions(table, size):
-    """Resize a square table of position vectors (1, h, h, C) to (1, size, size, C): bicubic with
-    antialiasing, in fp32."""
+    """Resize a square table of position vectors (1, old, old, C) to (1, size, size, C): bicubic
+    with antialiasing, in fp32."""
     if table.shape[1] == size:
         return table
     x = table.float().permute(0, 3, 1, 2)                           # (1, C, h, h)
@@ -173,9 +177,9 @@ def resize_positions(table, size):
 
 def relative_positions(table, size):
     """The vector of each offset i - j, for i and j from 0 to size - 1: (size, size, d). The table
-    has all offsets, (2h - 1, d), and is resized if its h is another size."""
+    has all offsets of a grid, (2 grid - 1, d), and is resized if that is another size."""
     if table.shape[0] != 2 * size - 1:
-        x = table.float().T[None]                                   # (1, d, 2h - 1)
+        x = table.float().T[None]                                   # (1, d, 2 grid - 1)
         x = F.interpolate(x, 2 * size - 1, mode='linear')
         table = x[0].T.to(table.dtype)
     i = torch.arange(size, device=table.device)
@@ -184,9 +188,9 @@ def relative_positions(table, size):
 class SAMAttention(nn.Module):
     """softmax(q k / sqrt(d) + q R_h + q R_w) v: attention with relative positions in 2D.
 
-    The query at row i, column j scores the key at row k, column l with
+    The query at row i, column j scores the key at row r, column c with
 
-        q . key / sqrt(d) + q . R_h[i - k] + q . R_w[j - l]
+        q . key / sqrt(d) + q . R_h[i - r] + q . R_w[j - c]
 
     For one query, q . R_h has only H values, one for each row of keys. So we append these H values
     to q, and to each key its row as a one-hot vector: their dot product picks the right value.
@@ -209,8 +213,8 @@ class SAMAttention(nn.Module):
 
         R_h = relative_positions(self.rel_pos_h, H).type_as(q)      # (H, H, d)
         R_w = relative_positions(self.rel_pos_w, W).type_as(q)      # (W, W, d)
-        bias_h = torch.einsum('bnijd,ikd->bnijk', q, R_h)           # (B, n, H, W, H)
-        bias_w = torch.einsum('bnijd,jld->bnijl', q, R_w)           # (B, n, H, W, W)
+        bias_h = torch.einsum('bnijd,ird->bnijr', q, R_h)           # (B, n, H, W, H)
+        bias_w = torch.einsum('bnijd,jcd->bnijc', q, R_w)           # (B, n, H, W, W)
         row = torch.eye(H, device=x.device, dtype=q.dtype).view(1, 1, H, 1, H)
         row = row.expand(B, n, H, W, H)
         column = torch.eye(W, device=x.device, dtype=q.dtype).view(1, 1, 1, W, W)
@@ -249,13 +253,13 @@ class SAMBlock(nn.Module):
             return self.attn(x)
         B, H, W, C = x.shape
         w = self.window
-        n = -(-H // w)                        # windows a side, rounded up; pages are square
-        # Attention sees the zeros that fill the last windows: so it was trained.
-        x = F.pad(x, (0, 0, 0, n * w - W, 0, n * w - H))            # (B, nw, nw, C)
-        x = x.view(B, n, w, n, w, C).transpose(2, 3)                # (B, n, n, w, w, C)
-        x = self.attn(x.reshape(B * n * n, w, w, C))
-        x = x.view(B, n, n, w, w, C).transpose(2, 3)                # (B, n, w, n, w, C)
-        return x.reshape(B, n * w, n * w, C)[:, :H, :W]
+        m = math.ceil(H / w)                  # windows a side; pages are square
+        # Zeros fill the last windows, and are not masked: so the original was trained.
+        x = F.pad(x, (0, 0, 0, m * w - W, 0, m * w - H))            # (B, mw, mw, C)
+        x = x.view(B, m, w, m, w, C).transpose(2, 3)                # (B, m, m, w, w, C)
+        x = self.attn(x.reshape(B * m * m, w, w, C))
+        x = x.view(B, m, m, w, w, C).transpose(2, 3)                # (B, m, w, m, w, C)
+        return x.reshape(B, m * w, m * w, C)[:, :H, :W]
 
     def forward(self, x):
         x = x + self.attend(self.norm1(x))
@@ -276,7 +280,7 @@ class SAM(nn.Module):
     def __init__(self, v):
         super().__init__()
         grid = v.image_size // 16
-        neck = v.clip_width // 4
+        neck = v.clip_width // 4              # net_2 and net_3 double it, up to CLIP's width
         self.patch_embed = nn.ModuleDict({'proj': nn.Conv2d(3, v.sam_width, 16, stride=16)})
         self.pos_embed = nn.Parameter(torch.randn(1, grid, grid, v.sam_width) * 0.02)
         self.blocks = nn.Sequential()
@@ -335,7 +339,7 @@ class CLIP(nn.Module):
             'patch_embedding': nn.Conv2d(3, C, 14, stride=14, bias=False),
             'position_embedding': nn.Embedding(1 + CLIP_GRID ** 2, C),
         })
-        # SAM's features take its place. The checkpoint has it all the same.
+        # patch_embedding is not used, as SAM's features take its place. The checkpoint has it.
         self.embeddings.patch_embedding.requires_grad_(False)
         self.embeddings.class_embedding = nn.Parameter(torch.randn(C) * 0.02)
         nn.init.normal_(self.embeddings.position_embedding.weight, std=0.02)

@@ -6,10 +6,10 @@ Turns runs into evidence: a table, and text that you can read.
 
 PPL is exp of the mean cross-entropy over all target tokens of the validation segments, each
 predicted from the true ones before it; its unit is that of the tokenizer, a byte or a token.
-Accuracy is the share of tokens that argmax predicts correctly. Positions are those before the
-target, ratio is context tokens for each of them. Not drawn is the share of the text that is missing
-from the pages. Passages are spread over the validation segments and generated greedily from the
-memory alone.
+Accuracy is the share of tokens that argmax predicts correctly. Positions: the length of the
+sequence before the target, BOS included. Ratio: context tokens / positions. Not drawn is the share
+of the text that is missing from the pages. Passages are spread over the validation segments and
+generated greedily from the memory alone.
 """
 import argparse
 import math
@@ -113,7 +113,7 @@ def row_of(folder, args, device):
     run = config['run']
     T = run['context']
     image_size = getattr(model.encoder, 'image_size', None)
-    continuation = run['args']['continuation']
+    continuation = run.get('args', {}).get('continuation', T)
     data, _ = open_corpus(args.data or run['data'], tokenizer, T, continuation)
     page = {}
     if image_size:

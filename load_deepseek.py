@@ -27,6 +27,7 @@ import json
 import os
 import re
 import sys
+import typing
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
@@ -41,7 +42,7 @@ from encoders import ENCODERS, VisionConfig, settings_of
 
 # Models without weights, as the config.json that they would have. The rest is as in DeepSeek-OCR.
 PRESETS = {
-    'full': {'tokenizer': 'bytes', 'n_routed_experts': 64},
+    'full': {'tokenizer': 'bytes', 'n_routed_experts': 64},     # without a number it would be dense
     'tiny': {
         'tokenizer': 'bytes',
         'language_config': {
@@ -85,20 +86,21 @@ SUPPORTED = {
 # A tokenizer.json cuts a text into words in several passes, its pre_tokenizer. We know two of them,
 # by the hash of their JSON: DeepSeek-V3's and SmolLM2's.
 PRE_TOKENIZERS = {'d8d32910cbb77e54': 'deepseek', '88e46f2b7ff38881': 'smollm2'}
-# tiktoken makes one pass. So no part of a pattern may match across the cut of an earlier pass.
-K = r'\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff'                          # Chinese and kana
+# tiktoken splits in one pass. So each alternative leaves out the characters that an earlier pass
+# would have split off.
+CJK = r'\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff'                        # Chinese and kana
 PATTERNS = {
     'deepseek': '|'.join([
         r'\p{N}{1,3}',                                                  # up to three digits
-        rf'[{K}]+',
+        rf'[{CJK}]+',
         r'[!"#$%&\'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+',            # a mark and ASCII letters
-        rf'[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[[\p{{L}}\p{{M}}]--[{K}]]+',    # a space and a word
-        rf' ?[[\p{{P}}\p{{S}}]--[{K}]]+[\r\n]*',                        # marks and symbols
+        rf'[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[[\p{{L}}\p{{M}}]--[{CJK}]]+',    # a space and a word
+        rf' ?[[\p{{P}}\p{{S}}]--[{CJK}]]+[\r\n]*',                        # marks and symbols
         r'\s*[\r\n]+',                                                  # line ends
-        rf'\s+(?![^\s\p{{N}}{K}])',                                     # spaces, not a word's own
+        rf'\s+(?![^\s\p{{N}}{CJK}])',                                     # spaces, but a word's own
         r'\s+',
-        # Controls, joiners and the like, which no pass matches: tiktoken would drop them.
-        rf'[^\s\p{{L}}\p{{M}}\p{{N}}\p{{P}}\p{{S}}{K}]+(?![[\p{{L}}\p{{M}}]--[{K}]])',
+        # Controls, joiners and the like: tiktoken would drop what no alternative matches.
+        rf'[^\s\p{{L}}\p{{M}}\p{{N}}\p{{P}}\p{{S}}{CJK}]+(?![[\p{{L}}\p{{M}}]--[{CJK}]])',
     ]),
     # Single digits, then GPT-2's words.
     'smollm2': r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
@@ -107,8 +109,9 @@ PATTERNS = {
 # ---- the command line
 
 def run_main(main):
-    """Call main(). A ValueError, OSError or ImportError is taken for a user's mistake: one line on
-    stderr and exit code 1. With DEBUG=1 in the environment it keeps its traceback."""
+    """Call main(). Ctrl-C, and a ValueError, OSError or ImportError, which is taken for a user's
+    mistake, end in one line on stderr and exit code 1. DEBUG=1 in the environment keeps the
+    traceback."""
     sys.stdout.reconfigure(errors='replace')        # '?' for what a console cannot show
     try:
         main()
@@ -128,12 +131,14 @@ def add_flags(parser, cls, choices={}, **how):
     """Make each setting of a class a flag of an argparse parser. The class says it all: the type in
     the annotation, the default, and the help in the line "name: help" of the docstring."""
     for name, setting in settings_of(cls).items():
-        text = re.search(rf'\b{name}: (.*)|$', cls.__doc__)[1] or ''
+        line = re.search(rf'\b{name}: (.*)', cls.__doc__)
+        text = line[1] if line else ''
         if setting.default not in (None, ''):
             text = f'{text} (default: {setting.default})'
         flag = {'help': text.replace('%', '%%'), 'default': setting.default, **how}
-        # of int | None it is int
-        kind = getattr(setting.annotation, '__args__', [setting.annotation])[0]
+        kind = setting.annotation
+        if typing.get_args(kind):           # int | None is int here
+            kind = typing.get_args(kind)[0]
         if kind is bool:
             flag['action'] = argparse.BooleanOptionalAction
         else:
@@ -177,9 +182,11 @@ def load_tokenizer(path):
     special = {token['content']: token['id'] for token in spec['added_tokens']}
     vocab = {token: i for token, i in spec['model']['vocab'].items() if token not in special}
 
-    merged = [''.join(merge).replace(' ', '') for merge in spec['model']['merges']]
-    by_id = sorted(vocab, key=vocab.get)
-    if list(dict.fromkeys(merged)) != [token for token in by_id if len(token) > 1]:
+    made_by_merges = {}                     # its keys; a merge is 'a b' or ['a', 'b']
+    for merge in spec['model']['merges']:
+        made_by_merges[''.join(merge).replace(' ', '')] = True
+    longer_tokens = [token for token in sorted(vocab, key=vocab.get) if len(token) > 1]
+    if list(made_by_merges) != longer_tokens:
         raise ValueError(f'{path}: the ids do not follow the order of the merges')
 
     # Byte-level BPE writes a byte as a character: a printable one as itself, others from U+0100 on.
@@ -222,8 +229,8 @@ def sizes_from(config):
     sizes.n_routed_experts = 0                              # a dense model does not mention them
     for field in fields(DecoderConfig):
         value = language.get(field.name)
-        if isinstance(value, list):                         # of ids that end a text
-            sizes.eos_token_id = value
+        if field.name == 'eos_token_id' and isinstance(value, list):
+            sizes.eos_token_id = value                      # ids, each of which ends a text
         elif value is not None:
             setattr(sizes, field.name, field.type(value))
         elif field.name in language and 'token_id' in field.name:
@@ -231,7 +238,7 @@ def sizes_from(config):
     if language.get('num_key_value_heads') is None:
         sizes.num_key_value_heads = sizes.num_attention_heads
     head_dim = sizes.hidden_size // sizes.num_attention_heads
-    if language.get('head_dim', head_dim) != head_dim:
+    if language.get('head_dim') not in (None, head_dim):
         raise ValueError(f'head_dim {language["head_dim"]} is not {head_dim}')
     if sizes.bos_token_id >= sizes.vocab_size:
         raise ValueError('bos_token_id is not below vocab_size')
@@ -258,8 +265,8 @@ def sizes_from(config):
 
 def open_tensors(folder):
     """The tensors of a folder: {name: the open safetensors file that has it}. They are those of
-    model.safetensors or else of the index, each from its own file, and no others. Raises ValueError
-    or OSError."""
+    model.safetensors or else of the index's files, each from the file that the index names.
+    Raises ValueError or OSError."""
     index = folder / 'model.safetensors.index.json'
     if (folder / 'model.safetensors').exists():
         file_of = {}
@@ -276,6 +283,7 @@ def open_tensors(folder):
         except safetensors.SafetensorError as e:
             raise ValueError(f'{folder / name}: truncated or not a safetensors file ({e})') from e
         for tensor in file.keys():
+            # What an index does not list is taken too, so that fill() sees what is unexpected.
             if file_of.get(tensor, name) == name:
                 stored[tensor] = file
     return stored
@@ -294,7 +302,7 @@ def part_of(name):
 def released_tensors(model, regime):
     """{released name: tensor} of an Autoencoder: views of its parameters, experts one by one."""
     tensors = {}
-    # A layer that is used twice comes once here.
+    # Both list a shared parameter once.
     for name, p in [*model.named_parameters(), *model.named_buffers()]:
         p = p.detach()
         part, rest = name.split('.', 1)
@@ -344,13 +352,14 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
          dtype=torch.float32, **settings):
     """Build an Autoencoder -> model, tokenizer, config.
 
-    source: a preset, a folder or a hub id. context: tokens in a segment. settings: keywords of the
-    encoder's class. config is config.json with these choices as "run". An encoder that the
+    source: a preset, a folder or a hub id. context: how many context tokens. settings: keywords of
+    the encoder's class. config is config.json with these choices as "run". An encoder that the
     checkpoint does not have starts from random weights. Raises ValueError or OSError for what does
     not exist or does not fit."""
     # the settings
     if regime not in ENCODERS:
-        raise ValueError(f'{source}: its encoder, {regime}, is not registered in ENCODERS')
+        raise ValueError(f'{source}: its encoder, {regime}, is not registered in ENCODERS; use the '
+                         'script that registers it')
     known = settings_of(ENCODERS[regime])
     for name in settings:
         if name not in known:
@@ -400,7 +409,8 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
     # what save() stores of these choices
     stored_settings = {}
     for name, parameter in known.items():
-        value = getattr(encoder, name, None)                # a default of None is resolved there
+        # The encoder may have replaced a default of None. Otherwise, what it was called with.
+        value = getattr(encoder, name, None)
         if not isinstance(value, (int, float, str)):
             value = settings.get(name, parameter.default)
         stored_settings[name] = value

@@ -8,13 +8,13 @@ separates words. Pages equal those of data/scripts/prepare_training_data.py in t
 pixel for pixel, with Pillow's BASIC layout.
 """
 import argparse
+import importlib.util
 import sys
 import unicodedata
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 @lru_cache(maxsize=64)
@@ -23,7 +23,9 @@ def load_font(name, size):
     Raises ValueError if there is none or if it cannot be read."""
     path = Path(name)
     if not path.exists():
-        path = Path(matplotlib.get_data_path(), 'fonts/ttf', name)
+        # Not imported: that is slow, and fails where a notebook has set a backend.
+        matplotlib = importlib.util.find_spec('matplotlib')
+        path = Path(matplotlib.origin).parent / 'mpl-data/fonts/ttf' / name
     if not path.exists():
         raise ValueError(f'{name}: no such font file')
     try:
@@ -43,13 +45,14 @@ def extent(font, word):
     left, _, right, _ = font.getbbox(word)
     return left, right
 
-def ink_width(font, line, pen, word, width):
-    """Pixels of ink in a line and one more word, which begins at `pen`; exact near `width`."""
+def ink_width(font, line, pen, word, limit):
+    """Pixels of ink in a line and one more word, which begins at `pen`. An estimate, but exact
+    within 2 pixels of the limit."""
     first_word = line.split(' ', 1)[0]
     ink = pen + extent(font, word)[1] - extent(font, first_word)[0]
     # Kerning moves the pen by fractions of a pixel, which Pillow rounds. Where that may matter,
     # measure the line as a whole.
-    if abs(ink - width) < 2:
+    if abs(ink - limit) < 2:
         left, right = extent(font, f'{line} {word}')
         ink = right - left
     return ink
@@ -60,7 +63,8 @@ def wrap(text, font, width):
     space = advance(font, ' ')
     for word in text.split():
         length = advance(font, word)
-        near_edge = pen + length > width - font.size           # ink ends near the pen
+        # Ink ends near the pen: far from the edge, the pen alone tells that the word fits.
+        near_edge = pen + length > width - font.size
         if line and near_edge and ink_width(font, line, pen, word, width) > width:
             yield line
             line, pen = '', 0
@@ -81,20 +85,21 @@ def largest(low, high, fits):
 
 @lru_cache(maxsize=100_000)
 def can_draw(font, character):
-    """Whether the font has a character, and draws it as it is read. Pillow's BASIC layout neither
-    joins Arabic letters nor reverses Hebrew."""
+    """Whether the font has a character, and draws it correctly. Pillow's BASIC layout neither joins
+    Arabic letters nor reverses Hebrew."""
     ink, corner = font.getmask2(character, 'L')
-    box, box_corner = font.getmask2('\U0010ffff', 'L')       # drawn for whatever a font lacks
+    # For what it lacks, a font draws a box. No font has this character.
+    box, box_corner = font.getmask2('\U0010ffff', 'L')
     is_box = (bytes(ink), ink.size, corner) == (bytes(box), box.size, box_corner)
     return not is_box and unicodedata.bidirectional(character) not in ('R', 'AL')
 
 def letters_drawn(font, line, width, drawable):
     """How many letters of a line are on the page: within `width` pixels, and in `drawable`."""
     inside = line
-    is_one_word = ' ' not in line                     # otherwise wrap() has made it short enough
-    if is_one_word and advance(font, line) > width:
-        n = largest(0, len(line), lambda n: font.getlength(line[:n]) <= width)
-        inside = line[:n]
+    # Only a single word can be too long: wrap() has broken all other lines.
+    if ' ' not in line and advance(font, line) > width:
+        end = largest(0, len(line), lambda n: font.getlength(line[:n]) <= width)
+        inside = line[:end]
     return sum(character in drawable for character in inside)
 
 def render_page(text, size, font='DejaVuSans.ttf', font_size=None, line_spacing=1.2, margin=0.05):

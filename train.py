@@ -129,10 +129,11 @@ def flags():
     return parser
 
 def parse_args(argv=None):
-    """Parse the command line to see which run it resumes or starts from, and again with the flags
-    of that run as defaults. Raises ValueError or OSError."""
+    """The command line as a namespace. Defaults in layers, the weakest first: Flags, TINY, the
+    flags of the run that it resumes or starts from, the rate of --low_memory, that run's encoder
+    settings. Raises ValueError or OSError."""
     parser = flags()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)          # only to see the run that it names
     source = args.resume or args.model
     run = {}
     if args.resume and not Path(args.resume, 'model.safetensors').exists():
@@ -141,13 +142,16 @@ def parse_args(argv=None):
         run = read_json(fetch(source, '*.json') / 'config.json').get('run', {})
     elif source == 'tiny':
         parser.set_defaults(**TINY)
-    parser.set_defaults(**run.get('args', {}))
-    if args.low_memory and not args.resume:                         # that is, Adafactor
-        parser.set_defaults(learning_rate=5e-3)
-    args = parser.parse_args(argv)
-    if run.get('regime') == args.regime:    # the settings belong to this encoder
+    inherited = run.get('args', {})
+    if args.resume and not inherited:
+        raise ValueError(f'--resume {args.resume}: a model, but no run of train.py')
+    parser.set_defaults(**inherited)
+    args = parser.parse_args(argv)          # now the optimiser and the encoder are known
+    if args.low_memory and not (args.resume or inherited.get('low_memory')):
+        parser.set_defaults(learning_rate=5e-3)                     # what Adafactor wants
+    if run.get('regime') == args.regime:
         parser.set_defaults(**run['settings'])
-        args = parser.parse_args(argv)
+    args = parser.parse_args(argv)
 
     if args.resume:
         for name, was in {**run['args'], **run['settings']}.items():
@@ -157,8 +161,8 @@ def parse_args(argv=None):
         args.output_dir = args.resume
     if args.output_dir is None:
         args.output_dir = f'out/{args.regime}'
-        if args.objective == 'lm':
-            args.output_dir += '_lm'
+        if args.objective != 'reconstruction':
+            args.output_dir += f'_{args.objective}'
     return args
 
 # ---- one step
@@ -177,7 +181,8 @@ def make_optimizer(model, encoder_lr, args):
         trained = [p for p in part.parameters() if p.requires_grad]
         groups.append({'params': trained, 'peak_lr': peak})
     if args.low_memory:
-        # Its own constants are for fp32: in bf16, eps hides small gradients, slow averages stop.
+        # torch's defaults suit fp32. In bf16 their eps is larger than most squared gradients, and a
+        # slow average no longer changes. Here its rate at step t is 1 - t ** -0.5.
         return torch.optim.Adafactor(groups, weight_decay=args.weight_decay, eps=(1e-15, 1e-3),
                                      beta2_decay=-0.5)
     return torch.optim.AdamW(groups, betas=(0.9, args.beta2), weight_decay=args.weight_decay,
@@ -267,7 +272,8 @@ def main(argv=None):
 
     # model; before the data, as a setting that does not fit should not cost an hour of tokenising
     source = args.resume or args.model
-    settings = {name: x for name, x in vars(args).items() if name not in settings_of(Flags)}
+    flag_names = settings_of(Flags)         # what is not one of them is a setting of an encoder
+    settings = {name: x for name, x in vars(args).items() if name not in flag_names}
     dtype = torch.bfloat16 if args.weights == 'bf16' else torch.float32
     model, tokenizer, config = load(source, args.regime, args.context, args.objective,
                                     args.hybrid_text_tokens, device, dtype, **settings)
@@ -290,8 +296,8 @@ def main(argv=None):
         if image_size:
             workers = 6 if on_cuda else 2   # pages take a core's time
 
-    # optimiser; an encoder of random weights may ignore its input for hundreds of steps, and needs
-    # the full rate, while one that is pretrained would forget
+    # optimiser; a random encoder needs the full rate: the decoder may ignore its memory for
+    # hundreds of steps as it is. At that rate a pretrained one would forget.
     steps = args.steps or -(-len(train) // G)
     encoder_lr = args.encoder_lr
     if encoder_lr is None:
@@ -300,7 +306,8 @@ def main(argv=None):
     optimizer = make_optimizer(model, encoder_lr, args)
     start = restore(out, optimizer) if args.resume else 0
     if start >= steps:
-        return print(f'{out}: has its {start} steps; set more with --steps')
+        print(f'{out}: has its {start} steps; set more with --steps')
+        return
     not_stored = (*settings, *MACHINE, 'output_dir', 'resume')
     stored = {name: x for name, x in vars(args).items() if name not in not_stored}
     config['run'] |= {'args': stored, 'data': args.data}
@@ -322,8 +329,8 @@ def main(argv=None):
         if image_size:
             lost = train[0]['lost'].mean()
             if lost > 0:
-                print(f'{lost:.1%} of the text is missing from the pages: the font lacks it, or it '
-                      'does not fit')
+                print(f'{lost:.1%} of the text is missing from the first pages: the font lacks it, '
+                      'or it does not fit')
 
     def log(step, values):
         if rank == 0:
@@ -370,7 +377,8 @@ def main(argv=None):
             report['gib'] = torch.cuda.max_memory_allocated(device) / 2 ** 30
         log(step, report)
         if not math.isfinite(report['grad_norm']):
-            raise ValueError(f'step {step}: the gradient is not finite; a save in {out} is older')
+            raise ValueError(f'step {step}: the gradient is not finite; the last save in {out} is '
+                             'from before that')
         if eval_now:
             result = evaluate(model, val, device, workers, rank, world)
             log(step, {f'val_{name}': value for name, value in result.items()})
@@ -382,7 +390,9 @@ def main(argv=None):
     # the end
     if world > 1:
         torch.distributed.barrier()                                 # until rank 0 has saved
-        time.sleep(1)       # gloo's threads end with Python's lock, which DDP's destructor holds
+        # Without a pause this may hang: DDP's destructor holds Python's lock and waits for gloo's
+        # threads, which need it to end.
+        time.sleep(1)
         torch.distributed.destroy_process_group()
     if rank == 0:
         one = {name: x[:1] for name, x in val[0].items()}

@@ -89,8 +89,10 @@ class LLMEncoder(nn.Module):
 ENCODERS['llm_encoder'] = LLMEncoder
 
 if __name__ == '__main__':
-    command, *rest = sys.argv[1:]
+    command, *rest = sys.argv[1:] or ['']
     if command == 'train':
         run_main(lambda: train.main(['--regime', 'llm_encoder', *rest]))
-    else:
+    elif command == 'eval':
         run_main(lambda: eval.main(rest))
+    else:
+        sys.exit('usage: python examples/llm_encoder.py train|eval ...')

@@ -115,8 +115,10 @@ class Perceiver(nn.Module):
 ENCODERS['perceiver'] = Perceiver
 
 if __name__ == '__main__':
-    command, *rest = sys.argv[1:]
+    command, *rest = sys.argv[1:] or ['']
     if command == 'train':
         run_main(lambda: train.main(['--regime', 'perceiver', *rest]))
-    else:
+    elif command == 'eval':
         run_main(lambda: eval.main(rest))
+    else:
+        sys.exit('usage: python examples/perceiver.py train|eval ...')

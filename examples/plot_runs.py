@@ -9,11 +9,15 @@ the whole context. One run makes a lonely dot: a picture takes three.
 """
 import argparse
 import itertools
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.figure import Figure
+# A notebook sets a backend for all that it starts, and importing matplotlib fails where that
+# backend is not installed. A file needs none.
+os.environ.pop('MPLBACKEND', None)
+from matplotlib.figure import Figure                                    # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval as evaluation

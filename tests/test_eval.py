@@ -166,8 +166,7 @@ def test_only_runs_that_differ_in_nothing_but_the_seed_are_averaged(monkeypatch,
     series = drawn(monkeypatch, tmp_path, [point(f'encoder_{i}', 4, 10.0 + i) for i in range(25)])[0]['lm on c']
     assert len({style for _, _, style in series.values()}) == 25                                 # no two look alike
 
-def test_the_command_draws_runs(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv('MPLBACKEND', 'module://no_such_backend')                                 # as in a notebook
+def test_the_command_draws_runs(runs, tmp_path, capsys):
     names = [str(runs / name) for name in ('whole', 'none', 'a|b')]
     plot_runs.main([*names, '--out', str(tmp_path / 'a.png'), '--segments', '4'])
     assert (tmp_path / 'a.png').stat().st_size > 10_000 and 'lonely' not in capsys.readouterr().out

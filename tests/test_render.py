@@ -1,10 +1,13 @@
 """The page, pixel for pixel: the authors' renderer as hashes, and Pillow drawing whole lines."""
 import hashlib
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import GOLDENS
+from conftest import GOLDENS, ROOT
 from PIL import Image, ImageDraw
 import render
 
@@ -63,6 +66,13 @@ def test_the_knobs():
     assert render.render_page('a b', 64, font_size=1, line_spacing=0.5)[2] == 1
     with pytest.raises(ValueError, match='nofont.ttf: no such font file'):
         render.render_page('a', 128, font='nofont.ttf')
+
+def test_a_notebooks_backend_costs_nothing():
+    """A notebook sets MPLBACKEND for all that it starts, and matplotlib refuses to be imported where that backend is missing."""
+    code = "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/examples']; import render, plot_runs; render.render_page('a', 64)"
+    env = {**os.environ, 'MPLBACKEND': 'module://no_such.backend'}
+    done = subprocess.run([sys.executable, '-c', code, str(ROOT)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 def test_a_damaged_font_file(tmp_path):
     (tmp_path / 'a.ttf').write_bytes(b'no font')
