@@ -198,16 +198,18 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
         counts = {'documents': 0, 'seen before': 0, 'unreadable': 0}
         with open(Path(temporary, 'all.bin'), 'wb') as file:
             for place, text in tqdm(documents(source, field), desc=str(source), unit=' documents'):
+                # Copies may differ in white space, such as a line's end.
+                key = None if text is None else hash(' '.join(text.split()))
                 if text is None:
                     counts['unreadable'] += 1
                     if counts['unreadable'] == 1:
                         tqdm.write(f'{place}: left out, as it is neither UTF-8 text nor JSON; any '
                                    'more are only counted')
-                elif hash(text) in seen:
+                elif key in seen:
                     counts['seen before'] += 1
                 else:
                     counts['documents'] += 1
-                    seen.add(hash(text))
+                    seen.add(key)
                     ids = encode(tokenizer, text)
                     n = len(ids) // length
                     file.write(ids[:n * length].tobytes())

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._functorch.config
 from safetensors import safe_open
 from torch.nn.parallel import DistributedDataParallel
 
