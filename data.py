@@ -153,7 +153,7 @@ def split(sizes, train_limit, val_limit, share):
         for start in range(0, size, step):
             side = 'train'
             wanted = min(val_limit, share * (counts['train'] + counts['val']))
-            if counts['val'] < wanted or counts['train'] >= train_limit:
+            if counts['val'] < wanted:
                 side = 'val'
             limit = train_limit if side == 'train' else val_limit
             n = int(min(step, size - start, limit - counts[side]))
@@ -197,7 +197,7 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
         sizes, total, seen = [], 0, set()
         counts = {'documents': 0, 'seen before': 0, 'unreadable': 0}
         with open(Path(temporary, 'all.bin'), 'wb') as file:
-            for place, text in tqdm(documents(source, field), desc=str(source), unit=' documents'):
+            for place, text in tqdm(documents(source, field), desc=source, unit=' documents'):
                 # Copies may differ in white space, such as a line's end.
                 key = None if text is None else hash(' '.join(text.split()))
                 if text is None:
@@ -234,7 +234,7 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
         train.tofile(folder / 'train.bin')
         val.tofile(folder / 'val.bin')
         meta = wanted_of(tokenizer, context, continuation)
-        meta |= {'source': str(source), 'train': len(train), 'val': len(val), **counts}
+        meta |= {'source': source, 'train': len(train), 'val': len(val), **counts}
         (folder / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
         try:
             folder.replace(out)

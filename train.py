@@ -159,6 +159,9 @@ def parse_args(argv=None):
             value = getattr(args, name, None)
             if name not in ('steps', *REPORTS) and value != was:
                 raise ValueError(f'--{name} {value}: the run to resume has {was}')
+        if args.output_dir not in (None, args.resume):
+            raise ValueError(f'--output_dir {args.output_dir}: the run to resume is in '
+                             f'{args.resume}')
         args.output_dir = args.resume
     if args.output_dir is None:
         args.output_dir = f'out/{args.regime}'
@@ -259,6 +262,9 @@ def main(argv=None):
     if rank >= world or G % world:
         raise ValueError(f'--gradient_accumulation_steps {G} is not a multiple of WORLD_SIZE '
                          f'{world}, or RANK {rank} is not below it')
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        locked = lock(out)                  # before anything is read or asked of the folder
     if not args.resume and (out / 'model.safetensors').exists():
         raise ValueError(f'{out}: holds a run; --resume {out} continues it, and --output_dir '
                          'names another folder')
@@ -281,9 +287,6 @@ def main(argv=None):
     model.decoder.grad_checkpoint = args.low_memory
     if not args.train_encoder:
         model.encoder.requires_grad_(False)
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        locked = lock(out)
 
     # data
     folder, meta = open_corpus(args.data, tokenizer, args.context, args.continuation)

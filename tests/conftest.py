@@ -16,9 +16,10 @@ from tqdm import tqdm
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from data import prepare                                      # noqa: E402
 from decoder import Autoencoder, Decoder, DecoderConfig      # noqa: E402
 from encoders import ENCODERS, VisionConfig                   # noqa: E402
-from load_deepseek import released_tensors, run_main          # noqa: E402
+from load_deepseek import released_tensors, run_main, tokenizer_of      # noqa: E402
 
 tqdm.set_lock(threading.RLock())                             # its own is shared with forks, and a killed one would keep it for ever
 
@@ -39,7 +40,7 @@ def golden(name):
 
 def fork(target, *args):
     """A started process that runs target(*args); a new interpreter would spend seconds on importing torch. POSIX only."""
-    process = multiprocessing.get_context('fork').Process(target=target, args=args)
+    process = multiprocessing.get_context('fork').Process(target=target, args=args, daemon=True)        # a test that fails leaves none
     process.start()
     return process
 
@@ -50,6 +51,16 @@ def on_the_cpu(request, monkeypatch):
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
         monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
     monkeypatch.delenv('DEBUG', raising=False)
+
+@pytest.fixture(scope='session')
+def corpus(tmp_path_factory):
+    """Python's manual in segments of 32 + 32 bytes."""
+    folder = tmp_path_factory.mktemp('data') / 'pydoc'
+    prepare('pydoc', folder, tokenizer_of('tiny'), 32, 32, train_segments=200, val_segments=24)
+    return str(folder)
+
+def read_log(out):
+    return [json.loads(line) for line in (out / 'log.jsonl').read_text(encoding='utf-8').splitlines()]
 
 @pytest.fixture(scope='session')
 def decoder_golden():

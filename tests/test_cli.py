@@ -131,13 +131,31 @@ def test_two_runs_never_share_a_folder(here, capsys):
     first.join()
     train.main('--data texts --steps 1 --batch_size 2'.split())
 
+def test_the_lock_comes_before_anything_is_read(here, monkeypatch):
+    """Otherwise a second run, still loading when the first one saves and ends, would overwrite it."""
+    command, seen, load_model = '--data texts --steps 1 --batch_size 2'.split(), [], train.load
+
+    def second():
+        train.load = load_model
+        train.main(command)
+
+    def loading(*args, **settings):
+        other = fork(second)
+        other.join()
+        seen.append(other.exitcode)
+        return load_model(*args, **settings)
+    monkeypatch.setattr(train, 'load', loading)
+    train.main(command)
+    assert seen == [1]
+
 def test_a_run_whose_corpus_or_encoder_is_gone(here, capsys, monkeypatch):
     train.main('--data texts --steps 1 --batch_size 2'.split())
     (here / 'corpora').rename(here / 'elsewhere')
     refused(capsys, evaluation.main, 'out/meanpool', 'does not exist; --data')
     monkeypatch.delitem(encoders.ENCODERS, 'meanpool')
-    for main, command in ((evaluation.main, 'out/meanpool --data texts'), (train.main, '--model out/meanpool --data texts'), (train.main, '--resume out/meanpool')):
-        refused(capsys, main, command, 'meanpool')
+    refused(capsys, evaluation.main, 'out/meanpool --data texts', 'its encoder, meanpool, is not registered')
+    for command in ('--model out/meanpool --data texts', '--resume out/meanpool'):
+        refused(capsys, train.main, command, 'meanpool')
 
 def test_corpora(here, capsys):
     refused(capsys, data.main, 'nowhere --out x', 'nowhere: does not exist')
@@ -201,12 +219,6 @@ def test_eval_and_render(here, capsys):
     refused(capsys, render.main, 'nowhere.txt', 'nowhere.txt')
     refused(capsys, render.main, 'binary', 'binary')
     refused(capsys, render.main, 'texts/a.txt --out nowhere/page.png', 'nowhere/page.png')
-
-def test_no_traceback_on_the_command_line(capfd):
-    process = fork(train.main, ['--regime', 'jpeg'])
-    process.join()
-    usage, error, end = capfd.readouterr().err.split('\n')
-    assert process.exitcode == 2 and usage.startswith('usage') and 'jpeg' in error and not end
 
 def test_a_mistake_is_one_line_and_a_bug_keeps_its_traceback(here, capsys, monkeypatch):
     def raised(error):

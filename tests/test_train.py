@@ -6,24 +6,17 @@ import pytest
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file
-from conftest import golden_model, said
+from conftest import golden_model, read_log, said
 import encoders
 import eval as evaluation
 import train
 from data import Batches, prepare
-from load_deepseek import load, load_run, read_json, tokenizer_of
-
-@pytest.fixture(scope='session')
-def corpus(tmp_path_factory):
-    """Python's manual in segments of 32 + 32 bytes."""
-    folder = tmp_path_factory.mktemp('data') / 'pydoc'
-    prepare('pydoc', folder, tokenizer_of('tiny'), 32, 32, train_segments=200, val_segments=24)
-    return str(folder)
+from load_deepseek import load, load_run, read_json, released_tensors, save, tokenizer_of
 
 def run(corpus, out, *flags, steps=4):
-    train.main(['--data', corpus, '--output_dir', str(out), '--steps', str(steps), '--batch_size', '4', '--log_steps', '1', '--context', '32', '--continuation', '32',
-                '--eval_segments', '8', '--workers', '0', *flags])
-    return [json.loads(line) for line in (out / 'log.jsonl').read_text(encoding='utf-8').splitlines()]
+    usual = '--batch_size 4 --log_steps 1 --context 32 --continuation 32 --eval_segments 8 --workers 0'.split()
+    train.main(['--data', corpus, '--output_dir', str(out), *(['--steps', str(steps)] if steps else []), *usual, *flags])
+    return read_log(out)
 
 def losses(log):
     return [(line['step'], line['loss'], line['grad_norm']) for line in log if 'loss' in line]
@@ -89,18 +82,11 @@ def test_the_defaults_are_those_of_the_paper():
     paper = dict(batch_size=8, gradient_accumulation_steps=6, learning_rate=1e-4, weight_decay=0.01, beta2=0.999, warmup_ratio=0.1,
                  max_grad_norm=1.0, context=1000, continuation=1000, eval_steps=500)
     assert {name: getattr(args, name) for name in paper} == paper
-
-def test_evaluation_is_the_mean_over_tokens_at_any_batch_size(corpus, tmp_path):
-    run(corpus, tmp_path / 'run', steps=1)
-    model, tokenizer, _ = load_run(tmp_path / 'run')
-    device = torch.device('cpu')
-    by = {n: evaluation.evaluate(model, Batches(corpus, 'val', n, tokenizer, limit=10), device) for n in (1, 4, 10)}
-    assert not model.training                                 # dropout, say, has to be off
-    with torch.no_grad():
-        token_losses, hits, _ = model.eval()(Batches(corpus, 'val', 10, tokenizer, limit=10)[0])
-    for result in by.values():
-        assert result['loss'] == pytest.approx(token_losses.mean().item(), abs=1e-5)
-        assert result['ppl'] == pytest.approx(math.exp(result['loss'])) and result['accuracy'] == pytest.approx(hits.float().mean().item())
+    assert train.parse_args(['--low_memory']).learning_rate == 5e-3
+    model = nn.ModuleDict({'encoder': nn.Linear(2, 2), 'decoder': nn.Linear(2, 2)})
+    for flags, name, value in ('--beta2 0.5', 'betas', (0.9, 0.5)), ('--low_memory', 'beta2_decay', -0.5):
+        optimizer = train.make_optimizer(model, 1.0, train.parse_args([*flags.split(), '--weight_decay', '0.3']))
+        assert all((group[name], group['weight_decay']) == (value, 0.3) for group in optimizer.param_groups)
 
 class Noisy(encoders.Conv1dResidual):
     """Draws random numbers."""
@@ -129,16 +115,16 @@ def test_resume_is_exact(corpus, tmp_path, capsys, monkeypatch):
     with open(parts / 'log.jsonl', 'a', encoding='utf-8') as f:
         f.write('{"step": 8, "loss": 0.0, "grad_norm": 0.0}\n{"step": 9, "lo')                     # beyond the last save, and cut short
     train.main(['--resume', str(parts)])
-    log = [json.loads(line) for line in (parts / 'log.jsonl').read_text(encoding='utf-8').splitlines()]
+    log = read_log(parts)
     assert losses(log) == losses(whole) and log[-1]['val_loss'] == whole[-1]['val_loss']
     train.main(['--resume', str(parts)])                                                           # of a run that is at its end
-    assert len((parts / 'log.jsonl').read_text(encoding='utf-8').splitlines()) == len(log)
+    assert read_log(parts) == log
     assert capsys.readouterr().out.endswith('has its 9 steps; set more with --steps\n')
     for (name, a), (_, b) in zip(load_run(tmp_path / 'whole')[0].named_parameters(), load_run(parts)[0].named_parameters()):
         assert torch.equal(a, b), name
     (parts / 'log.jsonl').unlink()                                                                 # costs the log, not the run
     train.main(['--resume', str(parts), '--steps', '10'])
-    assert losses([json.loads(line) for line in (parts / 'log.jsonl').read_text(encoding='utf-8').splitlines()])[0][0] == 10
+    assert losses(read_log(parts))[0][0] == 10
 
 def test_what_a_resumed_run_may_change(corpus, tmp_path, capsys):
     """How long it runs, where and what it reports; nothing that changes what it learns."""
@@ -147,25 +133,32 @@ def test_what_a_resumed_run_may_change(corpus, tmp_path, capsys):
     out = tmp_path / 'a'
     run(corpus, out, '--gradient_accumulation_steps', '2', steps=2)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    for name, value in (('data', str(other)), ('seed', '1'), ('batch_size', '8'), ('gradient_accumulation_steps', '1'), ('learning_rate', '0.1'),
-                        ('encoder_lr', '0.1'), ('weight_decay', '0.1'), ('beta2', '0.5'), ('warmup_ratio', '0.5'), ('max_grad_norm', '2'), ('weights', 'bf16'),
-                        ('regime', 'text'), ('objective', 'lm'), ('context', '16'), ('hybrid_text_tokens', '1'), ('compression_window_size', '8'), ('model', 'full')):
-        assert f'--{name}' in said(capsys, train.main, ['--resume', str(out), '--steps', '3', f'--{name}', value]), name
-    assert '--low_memory' in said(capsys, train.main, ['--resume', str(out), '--low_memory'])
-    assert '--train_encoder' in said(capsys, train.main, ['--resume', str(out), '--no-train_encoder'])
+    for flag in (f'data {other}', *('''seed 1, batch_size 8, gradient_accumulation_steps 1, learning_rate 0.1, encoder_lr 0.1, weight_decay 0.1,
+            beta2 0.5, warmup_ratio 0.5, max_grad_norm 2, weights bf16, low_memory, no-train_encoder, model full, regime text, objective lm,
+            output_dir elsewhere, context 16, continuation 16, hybrid_text_tokens 1, compression_window_size 8, compression_target 8'''.split(','))):
+        flag = flag.strip()
+        assert '--' + flag.split()[0].removeprefix('no-') in said(capsys, train.main, f'--resume {out} --steps 3 --{flag}'), flag
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
-    train.main(['--resume', str(out), '--steps', '4', '--workers', '1', '--device', 'cpu', '--no-compile', '--log_steps', '2', '--eval_steps', '1',
-                '--eval_segments', '4', '--seed', '0'])
+    allowed = '--steps 4 --workers 1 --device cpu --no-compile --log_steps 2 --eval_steps 1 --eval_segments 4 --seed 0'
+    train.main(['--resume', str(out), *allowed.split()])
     args = read_json(out / 'config.json')['run']['args']
     assert not {'workers', 'device', 'compile'} & set(args) and args['steps'] == 4                 # the machine's are not inherited
     assert train.parse_args(['--resume', str(out)]).workers is None and train.parse_args(['--model', str(out)]).device == 'auto'
 
 def test_random_numbers_of_seeds_and_steps_do_not_meet(corpus, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(train, 'train_step', lambda *a, **k: seen.append(torch.initial_seed()) or {'loss': torch.zeros(()), 'grad_norm': torch.zeros(())})
+    """Nor do those of two processes."""
+    seen, report = [], {'loss': torch.zeros(()), 'grad_norm': torch.zeros(())}
+    monkeypatch.setattr(train, 'train_step', lambda *_: seen.append(torch.initial_seed()) or report)
+    monkeypatch.setattr(train, 'DistributedDataParallel', lambda model, **_: model)
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setattr(train.time, 'sleep', lambda seconds: None)
+    for name in ('init_process_group', 'all_reduce', 'barrier', 'destroy_process_group'):
+        monkeypatch.setattr(torch.distributed, name, lambda *_: None)
     for seed in range(3):
-        run(corpus, tmp_path / str(seed), '--seed', str(seed), '--eval_steps', '0', steps=5)
-    assert len(set(seen)) == 15
+        for rank in '01':
+            monkeypatch.setenv('RANK', rank)
+            run(corpus, tmp_path / str(seed), '--seed', str(seed), '--eval_steps', '0', '--gradient_accumulation_steps', '2', steps=4)
+    assert len(set(seen)) == 24
 
 def test_stage_two_keeps_weights_and_settings(corpus, tmp_path):
     run(corpus, tmp_path / 'one', '--regime', 'meanpool', '--compression_window_size', '8', steps=2)
@@ -190,6 +183,29 @@ def test_learning_rates_and_freezing(corpus, tmp_path, capsys):
     frozen, initial = load_run(tmp_path / 'd')[0], load_run(tmp_path / 'e')[0]
     assert all(torch.equal(a, b) for a, b in zip(frozen.encoder.parameters(), initial.encoder.parameters()))
     assert not torch.equal(frozen.decoder.norm.weight, initial.decoder.norm.weight)
+    train.main(['--resume', str(tmp_path / 'd'), '--steps', '2'])
+    resumed = load_run(tmp_path / 'd')[0]
+    assert all(torch.equal(a, b) for a, b in zip(frozen.encoder.parameters(), resumed.encoder.parameters()))
+
+def test_from_a_model_that_is_no_run(corpus, tmp_path, capsys):
+    """One epoch, rounded up, at the paper's rate; the tokenizer comes along; what the log says of rate and speed fits together."""
+    model, _, config = load('tiny', 'conv1d_residual', 32, conv_gain=0.5)
+    config['run']['pretrained_encoder'] = True                                                      # as if it were a trained one
+    (tmp_path / 'model').mkdir()
+    (tmp_path / 'model' / 'tokenizer.json').write_text('{}', encoding='utf-8')
+    save(released_tensors(model, 'conv1d_residual'), config, tmp_path / 'model')
+    assert 'a model, but no run' in said(capsys, train.main, ['--resume', str(tmp_path / 'model')])
+    assert not hasattr(train.parse_args(['--model', str(tmp_path / 'model')]), 'conv_gain')         # of meanpool, the default
+    flags = ('--model', str(tmp_path / 'model'), '--regime', 'conv1d_residual')
+    log = run(corpus, tmp_path / 'run', *flags, '--encoder_lr', '7e-5', steps=None)
+    assert [line['step'] for line in log] == [*range(1, 10), 9]                                     # 200 segments in 50 batches, 6 a step
+    assert [line['lr'] for line in log[:-1]] == pytest.approx([1e-4 * train.learning_rate_scale(i, 9, 0.1) for i in range(9)])
+    for line in log[:8]:
+        assert line['tokens_per_s'] * line['minutes_left'] * 60 == pytest.approx(4 * 6 * 32 * (9 - line['step']))
+    assert (tmp_path / 'run' / 'tokenizer.json').exists() and load_run(tmp_path / 'run')[2]['run']['settings']['conv_gain'] == 0.5
+    capsys.readouterr()
+    run(corpus, tmp_path / 'again', *flags, steps=1)
+    assert 'parameters at 0.0001,' in capsys.readouterr().out                                       # a trained encoder, but no vision
 
 class Stride(nn.Module):
     """A compressor as a fork would add it: every n-th embedding, times a learned scale.
@@ -276,13 +292,10 @@ def test_an_encoder_may_have_a_loss_and_start_from_the_decoder(corpus, tmp_path,
 
 def test_batch_n_is_a_function_of_seed_and_n(corpus):
     tokenizer = tokenizer_of('tiny')
-    make = lambda seed=1, split='train': Batches(corpus, split, 16, tokenizer, seed=seed)
+    make = lambda seed=1: Batches(corpus, 'train', 16, tokenizer, seed=seed)
     a, b = make(), make()
     assert torch.equal(a[1000]['context'], b[1000]['context'])                                     # epochs later, asked for first
     assert not torch.equal(a[0]['context'], make(seed=2)[0]['context'])
     rows = [i for n in range(a.n * 2 // 16) for i in a.rows(n)]
     epoch, second = rows[:a.n], rows[a.n:]
     assert sorted(epoch) == sorted(second) == list(range(a.n)) and epoch != second
-    val = make(split='val')
-    rows = torch.cat([val[i]['context'] for i in range(len(val))])
-    assert len(rows) == val.n
