@@ -196,7 +196,8 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
         # all segments in one file, and how many each document has
         sizes, total, seen = [], 0, set()
         counts = {'documents': 0, 'seen before': 0, 'unreadable': 0}
-        with open(Path(temporary, 'all.bin'), 'wb') as file:
+        everything = Path(temporary, 'all.bin')
+        with open(everything, 'wb') as file:
             for place, text in tqdm(documents(source, field), desc=source, unit=' documents'):
                 # Copies may differ in white space, such as a line's end.
                 key = None if text is None else hash(' '.join(text.split()))
@@ -222,7 +223,7 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
             raise ValueError(f'{source}: too short for two segments of {length} tokens ({report})')
 
         # the two sides
-        segments = np.memmap(Path(temporary, 'all.bin'), np.uint32).reshape(total, length)
+        segments = np.memmap(everything, np.uint32).reshape(total, length)
         rows = {'train': [], 'val': []}
         for side, first, n in split(sizes, train_limit, val_limit, share):
             rows[side].extend(range(first, first + n))

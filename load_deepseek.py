@@ -94,10 +94,10 @@ PATTERNS = {
         r'\p{N}{1,3}',                                                  # up to three digits
         rf'[{CJK}]+',
         r'[!"#$%&\'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+',            # a mark and ASCII letters
-        rf'[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[[\p{{L}}\p{{M}}]--[{CJK}]]+',    # a space and a word
-        rf' ?[[\p{{P}}\p{{S}}]--[{CJK}]]+[\r\n]*',                        # marks and symbols
+        rf'[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[[\p{{L}}\p{{M}}]--[{CJK}]]+',  # a space and a word
+        rf' ?[[\p{{P}}\p{{S}}]--[{CJK}]]+[\r\n]*',                      # marks and symbols
         r'\s*[\r\n]+',                                                  # line ends
-        rf'\s+(?![^\s\p{{N}}{CJK}])',                                     # spaces, but a word's own
+        rf'\s+(?![^\s\p{{N}}{CJK}])',                                   # spaces, but a word's own
         r'\s+',
         # Controls, joiners and the like: tiktoken would drop what no alternative matches.
         rf'[^\s\p{{L}}\p{{M}}\p{{N}}\p{{P}}\p{{S}}{CJK}]+(?![[\p{{L}}\p{{M}}]--[{CJK}]])',
@@ -131,7 +131,7 @@ def add_flags(parser, cls, choices={}, **how):
     """Make each setting of a class a flag of an argparse parser. The class says it all: the type in
     the annotation, the default, and the help in the line "name: help" of the docstring."""
     for name, setting in settings_of(cls).items():
-        line = re.search(rf'\b{name}: (.*)', cls.__doc__)
+        line = re.search(rf'\b{name}: (.*)', cls.__doc__ or '')
         text = line[1] if line else ''
         if setting.default not in (None, ''):
             text = f'{text} (default: {setting.default})'

@@ -44,7 +44,7 @@ def rate(text):
 
 @dataclass(kw_only=True)
 class Flags:
-    """Every flag with its type and its default, which follow the paper. Below, its help.
+    """The flags: their help here, their types and defaults below. The defaults follow the paper.
 
     model: tiny, full (random weights), a hub id, a folder or a run
     regime: which encoder

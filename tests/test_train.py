@@ -248,6 +248,8 @@ class Queries(nn.Module):
 
 def test_a_setting_may_share_its_name_with_a_parameter(monkeypatch):
     monkeypatch.setitem(encoders.ENCODERS, 'queries', Queries)
+    monkeypatch.setattr(Queries, '__doc__', None)
+    assert '--queries' in train.flags().format_help()          # a class may say nothing of itself
     model, _, config = load('tiny', 'queries', 32, queries=7)
     assert config['run']['settings'] == {'queries': 7} and model.sequence({'context': torch.zeros(2, 32, dtype=torch.long)}).shape == (2, 8, 128)
     monkeypatch.setattr(Queries, 'forward', lambda self, batch, embed: embed(batch['context']).mT)
