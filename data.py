@@ -163,18 +163,25 @@ def split(sizes, train_limit, val_limit, share):
     return pieces
 
 def repeated(val, train):
-    """Which segments of val (n, length) stand in train (m, length), at any offset: bool (n,)."""
+    """What stands on both sides: which segments of val (n, length) occur in train (m, length), at
+    any offset, bool (n,), and which segments of train they overlap there, bool (m,)."""
     train_bytes = train.tobytes()
     segments = [row.tobytes() for row in val]
     size = len(segments[0])
     # Compare short beginnings first. Only where they agree, look at the whole segment.
     probe = min(64, size)
     beginnings = {segment[:probe] for segment in segments}
+    wanted = set(segments)
     found = set()
+    in_train = np.zeros(len(train), bool)
     for i in range(0, len(train_bytes), train.itemsize):
         if train_bytes[i:i + probe] in beginnings:
-            found.add(train_bytes[i:i + size])
-    return np.array([segment in found for segment in segments])
+            segment = train_bytes[i:i + size]
+            if segment in wanted:
+                found.add(segment)
+                in_train[[i // size, (i + size - 1) // size]] = True
+    in_val = np.array([segment in found for segment in segments])
+    return in_val, in_train
 
 def prepare(source, out, tokenizer, context, continuation, train_segments=None, val_segments=None,
             field='text'):
@@ -229,9 +236,17 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
             rows[side].extend(range(first, first + n))
         train = segments[rows['train']]
         val = segments[rows['val']]
-        in_both = repeated(val, train)
-        if not in_both.all():               # if all are, the text is one repetition
-            val = val[~in_both]
+        # What stands on both sides leaves validation or, if that would be most of it, training. If
+        # neither has other text, the source is one repetition.
+        in_val, in_train = repeated(val, train)
+        if 2 * in_val.sum() > len(val) and 4 * len(val) <= (~in_train).sum():
+            train = train[~in_train]
+            fate = f'{in_train.sum():,} of training that overlap them are left out'
+        elif not in_val.all():
+            val = val[~in_val]
+            fate = 'left out'
+        else:
+            fate = 'kept, as all do'
         train.tofile(folder / 'train.bin')
         val.tofile(folder / 'val.bin')
         meta = wanted_of(tokenizer, context, continuation)
@@ -243,9 +258,8 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
             if not out.exists():            # if it does, another process was faster
                 raise
     print(f'{out}: {len(train):,} segments for training, {len(val):,} for validation; {report}')
-    if in_both.any():
-        what = 'kept, as all do' if in_both.all() else 'left out'
-        print(f'{in_both.sum():,} validation segments stand in the training text: {what}')
+    if in_val.any():
+        print(f'{in_val.sum():,} validation segments stand in the training text: {fate}')
 
 def wanted_of(tokenizer, context, continuation):
     """What meta.json says of a corpus for this tokenizer and these lengths."""

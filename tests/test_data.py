@@ -86,7 +86,8 @@ def test_the_split_of_any_source(tmp_path, capsys):
     articles = [words(10 + i, 300) for i in range(1000)]
     sources = {'one_record': [book], 'articles': articles, 'two': [words(7, 5000), words(8, 5000)], 'forty': [words(9, 40 * 128)],
                'twice': [text + end for text in articles[:300] for end in ('', '\n')], 'twice_apart': articles[:300] + [text + '\n' for text in articles[:300]],
-               'inside': [book[:20_000], book, *articles[:50]]}
+               'inside': [book[:20_000], book, *articles[:50]], 'half_inside': [book[:100_000], book, *articles[:50]],
+               'revisions': [book[:60_000 + 20 * i] for i in range(5)] + articles[:400]}
     names = [records(tmp_path / f'{name}.jsonl', sources[name]) for name in sources]
     for first, second in ((note, book), (book, note)):
         names.append(str(tmp_path / f'folder_{len(first)}'))
