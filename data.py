@@ -206,23 +206,23 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
         everything = Path(temporary, 'all.bin')
         with open(everything, 'wb') as file:
             for place, text in tqdm(documents(source, field), desc=source, unit=' documents'):
-                # Copies may differ in white space, such as a line's end.
-                key = None if text is None else hash(' '.join(text.split()))
                 if text is None:
                     counts['unreadable'] += 1
                     if counts['unreadable'] == 1:
                         tqdm.write(f'{place}: left out, as it is neither UTF-8 text nor JSON; any '
                                    'more are only counted')
-                elif key in seen:
+                    continue
+                words = hash(' '.join(text.split()))    # copies may differ in white space
+                if words in seen:
                     counts['seen before'] += 1
-                else:
-                    counts['documents'] += 1
-                    seen.add(key)
-                    ids = encode(tokenizer, text)
-                    n = len(ids) // length
-                    file.write(ids[:n * length].tobytes())
-                    sizes.append(n)
-                    total += n
+                    continue
+                seen.add(words)
+                counts['documents'] += 1
+                ids = encode(tokenizer, text)
+                n = len(ids) // length
+                file.write(ids[:n * length].tobytes())
+                sizes.append(n)
+                total += n
                 if total > 1.2 * (train_limit + val_limit):         # some more, as not all may fit
                     break
         report = ', '.join(f'{n:,} {name}' for name, n in counts.items())

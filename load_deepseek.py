@@ -26,6 +26,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import typing
 from dataclasses import fields
@@ -463,9 +464,7 @@ def save(tensors, config, folder, step=0, source=None):
     def write_weights(path):
         metadata = {'format': 'pt', 'step': str(step)}
         safetensors.torch.save_file(tensors, path, metadata)
-        umask = os.umask(0)                                 # the only way to read it is to set it
-        os.umask(umask)
-        path.chmod(0o666 & ~umask)                          # safetensors makes the file private
+        shutil.copymode(folder / 'config.json', path)       # safetensors makes the file private
 
     if source is not None and Path(source) != folder:
         for file in Path(source).glob('*token*.json'):

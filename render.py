@@ -62,14 +62,17 @@ def wrap(text, font, width):
     line, pen = '', 0
     space = advance(font, ' ')
     for word in text.split():
-        length = advance(font, word)
-        # Ink ends near the pen: far from the edge, the pen alone tells that the word fits.
-        near_edge = pen + length > width - font.size
-        if line and near_edge and ink_width(font, line, pen, word, width) > width:
+        end = pen + advance(font, word)
+        is_wider = end > width
+        # Ink ends near the pen, so only near the edge must it be measured.
+        if abs(end - width) < font.size and line:
+            is_wider = ink_width(font, line, pen, word, width) > width
+        if line and is_wider:
             yield line
-            line, pen = '', 0
+            line = ''
+            end = advance(font, word)
         line = f'{line} {word}' if line else word
-        pen += length + space
+        pen = end + space
     if line:
         yield line
 

@@ -1,18 +1,18 @@
 """The table, the passages and the picture of runs."""
 import argparse
-import json
 import math
+import os
+import shutil
+import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, said
 import eval as evaluation
-import train
 from data import Batches, prepare
 from decoder import Autoencoder
-from load_deepseek import PRESETS, load, load_run, read_json, released_tensors, run_main, save, tokenizer_of
+from load_deepseek import PRESETS, load, load_run, released_tensors, save, tokenizer_of
 
 sys.path.insert(0, str(ROOT / 'examples'))
 import plot_runs                                              # noqa: E402
@@ -29,7 +29,7 @@ def runs(tmp_path_factory):
             ('conv', 'conv1d_residual', 'reconstruction', {}), ('page', 'vision', 'reconstruction', {'vision_mode': '128'})):
         torch.manual_seed(0)
         model, _, config = load('tiny', regime, 32, objective, **settings)
-        config['run'] |= {'data': str(root / 'data'), 'args': {'continuation': 32, 'model': 'tiny'}}
+        config['run'] |= {'data': str(root / 'data'), 'args': {'continuation': 32, 'model': 'out/s', 'seed': 3, 'log_steps': 7}}
         save(released_tensors(model, config['run']['regime']), config, root / name)
     return root
 
@@ -163,14 +163,35 @@ def test_only_runs_that_differ_in_nothing_but_the_seed_are_averaged(monkeypatch,
     other = point('meanpool', 4, 20.0)
     other['flags']['data'] = 'elsewhere/c'                                                     # a corpus of the same name
     assert len(drawn(monkeypatch, tmp_path, [point('meanpool', 4, 10.0), other])[0]['lm on c']) == 2
-    series = drawn(monkeypatch, tmp_path, [point(f'encoder_{i}', 4, 10.0 + i) for i in range(25)])[0]['lm on c']
-    assert len({style for _, _, style in series.values()}) == 25                                 # no two look alike
+    series = drawn(monkeypatch, tmp_path, [point('meanpool', 4, 10.0, steps=None), point('meanpool', 4, 20.0)])[0]['lm on c']
+    assert list(series) == ['meanpool', 'meanpool, steps 5']                                   # an unset flag leaves no empty label
+
+def test_a_regime_has_one_colour_and_no_two_lines_look_alike(monkeypatch, tmp_path):
+    points = [point(f'encoder_{i}', 4, 10.0 + i) for i in range(25)] + [point('encoder_0', 4, 40.0 + i, steps=10 + i) for i in range(25)]
+    styles = [style for _, _, style in drawn(monkeypatch, tmp_path, points)[0]['lm on c'].values()]
+    assert len(styles) == len(set(styles)) == 50                                               # more than there are colours and markers
+    assert {color for color, _ in styles} == {f'C{i}' for i in range(10)} and [color for color, _ in styles[25:]] == ['C0'] * 25
 
 def test_the_command_draws_runs(runs, tmp_path, capsys):
     names = [str(runs / name) for name in ('whole', 'none', 'a|b')]
     plot_runs.main([*names, '--out', str(tmp_path / 'a.png'), '--segments', '4'])
     assert (tmp_path / 'a.png').stat().st_size > 10_000 and 'lonely' not in capsys.readouterr().out
-    plot_runs.main([names[0], '--out', str(tmp_path / 'b.png'), '--segments', '4'])
-    assert 'a picture takes three' in capsys.readouterr().out
-    with pytest.raises(SystemExit, match='nowhere'):
-        run_main(lambda: plot_runs.main([names[0], '--out', str(tmp_path / 'nowhere' / 'a.png'), '--segments', '4']))
+    plot_runs.main([names[0], '--out', str(tmp_path / 'b.PDF'), '--segments', '4'])
+    assert 'One run makes a lonely dot: a picture takes three' in capsys.readouterr().out and (tmp_path / 'b.PDF').exists()
+    shutil.copytree(runs / 'data', tmp_path / 'other')
+    for name, data, ends in (('none', 'data', (True, False)), ('whole', 'other', (False, True)), ('a|b', 'other', (False, False))):
+        found = plot_runs.point_of(str(runs / name), arguments(data=None if data == 'data' else str(tmp_path / data)), CPU)
+        assert found['panel'] == ('lm', data) and (found['is_none'], found['is_whole']) == ends, name
+        assert found['flags'].items() >= {'continuation': 32, 'model': 's', 'data': str(runs / 'data')}.items()
+        assert not {'seed', 'log_steps'} & found['flags'].keys()
+
+def test_a_wrong_name_costs_no_evaluation(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, 'row_of', None)
+    for flags, message in (([str(runs / 'none'), 'nowhere'], 'nowhere: no run'), ([str(runs / 'none'), '--out', str(tmp_path / 'a.doc')], 'a.doc'),
+                           ([str(runs / 'none'), '--out', str(tmp_path / 'nowhere' / 'a.png')], 'no such folder')):
+        assert message in said(capsys, plot_runs.main, flags)
+
+def test_a_backend_that_is_not_installed_does_not_matter(tmp_path):
+    """As a notebook sets it for the commands that it starts. From any folder."""
+    command = [sys.executable, str(ROOT / 'examples' / 'plot_runs.py'), '--help']
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, 'MPLBACKEND': 'none_such'}, check=True, stdout=subprocess.DEVNULL)
