@@ -4,8 +4,7 @@ Documents to token segments on disk, once; segments to batches, as they are need
     python data.py SOURCE --out DIR --model deepseek-ai/DeepSeek-OCR --context 1000
     SOURCE: finewiki | pydoc | a file or folder of .txt .md .py .jsonl .parquet
 
-    DIR/train.bin, val.bin     token ids, uint32, one segment of context + continuation tokens
-                               after another
+    DIR/train.bin, val.bin     token ids, uint32; a segment is context + continuation tokens
     DIR/meta.json              the tokenizer, the lengths, and counts of what is in it
 
 About a tenth of the segments is for validation. All segments of a document are on the same side,
@@ -49,7 +48,7 @@ def find_files(source):
     if not root.exists():
         raise ValueError(f'{source}: does not exist; --data names the text')
     files = []
-    for path in [root, *sorted(root.rglob('*'))]:
+    for path in [root, *sorted(root.rglob('*'))]:                   # root may be a file itself
         is_hidden = any(part.startswith('.') for part in path.relative_to(root).parts)
         if path.suffix.lower() in KINDS and path.is_file() and not is_hidden:
             files.append(path)
@@ -147,7 +146,7 @@ def split(sizes, train_limit, val_limit, share):
     pieces = []
     first = 0
     for size in sizes:
-        step = max(size, 1)
+        step = max(size, 1)                 # segments to assign at once; range() takes no step of 0
         if size > total // 10:              # a book: cut into pieces, which may go to both sides
             step = max(total // 40, 1)
         for start in range(0, size, step):
@@ -156,15 +155,15 @@ def split(sizes, train_limit, val_limit, share):
             if counts['val'] < wanted:
                 side = 'val'
             limit = train_limit if side == 'train' else val_limit
-            n = int(min(step, size - start, limit - counts[side]))
+            n = int(min(step, size - start, limit - counts[side]))      # inf without a limit
             pieces.append((side, first + start, n))
             counts[side] += n
         first += size
     return pieces
 
 def repeated(val, train):
-    """What stands on both sides: which segments of val (n, length) occur in train (m, length), at
-    any offset, bool (n,), and which segments of train they overlap there, bool (m,)."""
+    """Which segments of val (n, length) occur in train (m, length), at any offset: bool (n,). And
+    which segments of train they overlap there: bool (m,)."""
     train_bytes = train.tobytes()
     segments = [row.tobytes() for row in val]
     size = len(segments[0])
@@ -179,7 +178,7 @@ def repeated(val, train):
             segment = train_bytes[i:i + size]
             if segment in wanted:
                 found.add(segment)
-                in_train[[i // size, (i + size - 1) // size]] = True
+                in_train[[i // size, (i + size - 1) // size]] = True    # of one row or two
     in_val = np.array([segment in found for segment in segments])
     return in_val, in_train
 
@@ -193,7 +192,7 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
     val_limit = val_segments or np.inf
     share = 0.1
     if train_segments is not None:
-        val_limit = val_segments or -(-train_segments // 9)         # a tenth of the total
+        val_limit = val_segments or -(-train_segments // 9)         # a ninth of training
         share = val_limit / (train_limit + val_limit)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'{out.name}.tmp', dir=out.parent) as temporary:
@@ -223,7 +222,7 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
                 file.write(ids[:n * length].tobytes())
                 sizes.append(n)
                 total += n
-                if total > 1.2 * (train_limit + val_limit):         # some more, as not all may fit
+                if total > 1.2 * (train_limit + val_limit):         # more, as split() may drop some
                     break
         report = ', '.join(f'{n:,} {name}' for name, n in counts.items())
         if total < 2:
@@ -236,8 +235,8 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
             rows[side].extend(range(first, first + n))
         train = segments[rows['train']]
         val = segments[rows['val']]
-        # What stands on both sides leaves validation or, if that would be most of it, training. If
-        # neither has other text, the source is one repetition.
+        # What is on both sides leaves validation. But if it is most of validation, it leaves
+        # training instead, where 4 times as much must be left. Where neither can be, it stays.
         in_val, in_train = repeated(val, train)
         if 2 * in_val.sum() > len(val) and 4 * len(val) <= (~in_train).sum():
             train = train[~in_train]
@@ -271,7 +270,7 @@ def wanted_of(tokenizer, context, continuation):
     }
 
 def version_of(source):
-    """What tells a source's texts of now from earlier ones: a version, or the files' times."""
+    """A value that changes when a source's texts change: a version, or the files' times."""
     if source == 'pydoc':
         return platform.python_version()
     if source == 'finewiki':
@@ -279,8 +278,8 @@ def version_of(source):
     return [(str(path), path.stat().st_mtime_ns) for path in find_files(source)]
 
 def open_corpus(source, tokenizer, context, continuation):
-    """The folder and the meta.json of a corpus. If data.py made `source`, that is it. Otherwise it
-    is the corpus of that source under corpora/, made first if it is not there. Raises ValueError or
+    """The folder and the meta.json of a corpus. `source` is a corpus that data.py made, or a source
+    of text, whose corpus is under corpora/ and is made if it is not there. Raises ValueError or
     OSError."""
     wanted = wanted_of(tokenizer, context, continuation)
     folder = Path(source)
@@ -348,7 +347,7 @@ class Batches(Dataset):
             if self.side == 'train':
                 rows.append(permutation(self.n, self.seed, epoch)[k])
             elif epoch == 0:                # validation ends after one pass
-                rows.append(k * self.meta['val'] // self.n)
+                rows.append(k * self.meta['val'] // self.n)             # n, evenly from all
         return rows
 
     def __getitem__(self, i):
@@ -379,7 +378,7 @@ class Batches(Dataset):
 @dataclass(kw_only=True)
 class Flags:
     """out: folder to make
-    model: whose tokenizer, a hub id or a folder; that of tiny is bytes
+    model: the model whose tokenizer is used: a hub id, a folder, or tiny (bytes)
     context: context tokens in a segment
     continuation: tokens in a segment that follow the context
     train_segments: at most this many (default: all; the paper has 500000)

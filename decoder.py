@@ -7,7 +7,7 @@ autoencoder around it.
 
 hybrid: the last K context tokens once more, as plain tokens.
 
-B batch, T positions, D width, H heads, d head width, V vocabulary, E experts, k experts a token,
+B batch, T positions, D width, n heads, d head width, V vocabulary, E experts, k experts a token,
 M memory vectors. Follows modeling_deepseekv2.py of DeepSeek-OCR, whose config.json makes it plain
 multi-head attention, not MLA.
 """
@@ -46,15 +46,15 @@ class DecoderConfig:
     vision: object = None                   # encoders.VisionConfig
 
 def initialize(module, width):
-    """Draw all matrices of a module from a normal distribution. width: D, of the decoder."""
+    """Draw all matrices of a module from a normal distribution. width: the decoder's D."""
     std = 0.02 * (1280 / width) ** 0.5      # 0.02 at DeepSeek-OCR's width of 1280
     for p in module.parameters():
         if p.dim() > 1:
             nn.init.normal_(p, std=std)
 
 def rotary(x, config, start=0):
-    """cos and sin, (T, d / 2) each, of the angles by which the queries and keys of x (B, T, D) are
-    rotated; its first position is `start`."""
+    """cos and sin, both (T, d / 2), of the angles that rotate queries and keys at the positions of
+    x (B, T, D). The first position is `start`."""
     d = config.hidden_size // config.num_attention_heads
     channels = torch.arange(0, d, 2, device=x.device, dtype=torch.float32)
     frequency = config.rope_theta ** (-channels / d)
@@ -63,7 +63,7 @@ def rotary(x, config, start=0):
     return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 
 def rotate(x, cos, sin):
-    """Rotate channels i and i + d/2 of x (B, H, T, d): pairs of halves, as in Llama."""
+    """Rotate x (B, n, T, d): channel i together with channel i + d / 2, as in Llama."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -95,7 +95,7 @@ class Attention(nn.Module):
                 k = torch.cat([past_k, k], dim=2)
                 v = torch.cat([past_v, v], dim=2)
             cache[self.layer] = k, v
-        # One new token sees everything before it. More than one comes only without a past.
+        # T > 1: there is no past, and the mask is causal. T = 1: one new token sees everything.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, D))
 
@@ -113,9 +113,9 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 class Gather(torch.autograd.Function):
-    """y = x[index], where each row of x is copied k times. `where` lists the places in y of the k
-    copies of the first row, then of the second, and so on. So the gradient of a row is the sum of
-    grad at k places: a gather. Autograd would scatter, which on a GPU adds in a random order."""
+    """y = x[index], which has k copies of each row of x. `where` lists the rows of y that copy
+    x[0], then those that copy x[1], and so on. Backward looks them up and sums each k.
+    Autograd would scatter instead, which on a GPU adds in a random order."""
 
     @staticmethod
     def forward(ctx, x, index, where, k):
@@ -132,31 +132,27 @@ class Gather(torch.autograd.Function):
 def grouped_linear(x, weight, ends):
     """x (rows, in), sorted by expert, times weight (E, out, in) -> (rows, out). The rows of expert
     e end before ends[e]."""
-    # F.grouped_mm needs no host-device sync. It takes bf16, and fp32 on a CPU, in rows of a
-    # multiple of 16 bytes.
+    # F.grouped_mm needs no host-device sync. It takes bf16, and on a CPU fp32. A row of `in` or
+    # `out` numbers has to be a multiple of 16 bytes.
     is_aligned = all(width * x.element_size() % 16 == 0 for width in weight.shape[1:])
     if is_aligned and (x.dtype == torch.bfloat16 or x.device.type == 'cpu'):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
-    outputs = []
-    start = 0
-    for end, w in zip(ends.tolist(), weight):
-        outputs.append(x[start:end] @ w.T)
-        start = end
-    return torch.cat(outputs)
+    parts = x.tensor_split(ends.tolist()[:-1])
+    return torch.cat([part @ w.T for part, w in zip(parts, weight)])
 
 class MoE(nn.Module):
     """shared(x) + sum over the top k of p_e * expert_e(x), with p = softmax(router(x)) in fp32, not
     renormalised over the k.
 
-    The load-balancing loss of a sequence is alpha * sum_e (E * share of the choices that went to e)
-    * (mean of p_e): least when all experts are chosen equally often."""
+    The load-balancing loss of a sequence is alpha * E * sum_e (share_e * mean(p_e)). share_e is the
+    share of its choices that went to expert e. The loss is least when all are chosen equally."""
 
     def __init__(self, config):
         super().__init__()
         E, D, hidden = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.top_k = config.num_experts_per_tok
         self.alpha = config.aux_loss_alpha
-        self.gate = nn.Linear(D, E, bias=False)
+        self.gate = nn.Linear(D, E, bias=False)                     # the router, as released
         # All experts in one tensor; gate and up together, as both multiply the same rows.
         self.experts = nn.ParameterDict({
             'gate_up_proj': torch.empty(E, 2 * hidden, D),
@@ -178,20 +174,20 @@ class MoE(nn.Module):
         k, E = self.top_k, self.gate.out_features
         probs, top_p, top_e = self.route(x)
 
-        one_hot = torch.zeros_like(probs).scatter(2, top_e, 1.0)    # (B, T, E)
-        count = one_hot.sum(dim=1)                                  # (B, E) choices of each
+        chosen = torch.zeros_like(probs).scatter(2, top_e, 1.0)     # (B, T, E), 1 for k experts
+        count = chosen.sum(dim=1)                                   # (B, E)
         share = count / (T * k)
         balance_loss = self.alpha * (E * share * probs.mean(dim=1)).sum(dim=1).mean()
 
-        # The B T k choices, k of each token, sorted by expert: row r is choice choice_of_row[r],
-        # and choice c stands in row row_of_choice[c], the inverse permutation.
+        # Each token makes k choices: choice c is of token c // k. A row for each, sorted by expert:
+        # row r is choice choice_of_row[r], and choice c is row row_of_choice[c].
         choice_of_row = top_e.flatten().argsort(stable=True)        # (BTk,)
         token_of_row = choice_of_row // k
         rows = torch.arange(len(choice_of_row), device=x.device)
         row_of_choice = torch.empty_like(rows).scatter_(0, choice_of_row, rows)
-        ends = count.sum(dim=0).cumsum(dim=0).to(torch.int32)       # (E,)
+        ends = count.sum(dim=0).cumsum(dim=0).to(torch.int32)       # (E,): where rows of e end
 
-        # Autocast does not reach the grouped product. The shared experts' output has its dtype.
+        # Autocast does not cover grouped_mm, so cast to the dtype that it gave the shared experts.
         shared = self.shared_experts(x)
         gate_up_proj = self.experts.gate_up_proj.type_as(shared)
         down_proj = self.experts.down_proj.type_as(shared)
@@ -245,8 +241,8 @@ class Decoder(nn.Module):
 
     def forward(self, x, cache=None):
         """x (B, T, D) -> hidden states after the final norm (B, T, D), and the sum of the
-        load-balancing losses. cache: a dict for each layer's keys and values (B, H, T, d). When it
-        is not empty, T must be 1."""
+        load-balancing losses. cache: {layer: (keys, values)}, both (B, n, past, d). If it is not
+        empty, T must be 1."""
         T = x.shape[1]
         start = 0
         if cache:
@@ -280,10 +276,10 @@ class Decoder(nn.Module):
         if rows is None:
             rows = max(LOGITS_AT_ONCE // self.config.vocab_size, 1)
         if torch.compiler.is_compiling():
-            rows = len(hidden)              # compiled, chunks would all be in memory at once
+            rows = len(hidden)              # torch.compile would keep all chunks: no gain
         loss, hit = [], []
         for h, t in zip(hidden.split(rows), target.flatten().split(rows)):
-            # Not to keep the logits, the backward pass computes them again.
+            # The logits are not kept: the backward pass computes them again.
             chunk_loss, chunk_hit = checkpoint(losses, h, t, use_reentrant=False)
             loss.append(chunk_loss)
             hit.append(chunk_hit)
@@ -303,17 +299,17 @@ class Autoencoder(nn.Module):
         self.hybrid = hybrid
 
     def sequence(self, batch, target=None):
-        """[BOS] memory [prompt] [hybrid] | target, as embeddings (B, P, D). Without a target, what
-        comes before it."""
+        """[BOS] memory [prompt] [hybrid] | target, as embeddings (B, positions, D). The target may
+        be left out."""
         context = batch['context']
         B, T = context.shape
-        ids = [context.new_full((B, 1), self.decoder.config.bos_token_id)]
-        for token in self.prompt:
+        ids = []
+        for token in (self.decoder.config.bos_token_id, *self.prompt):
             ids.append(context.new_full((B, 1), token))
         ids.append(context[:, T - self.hybrid:])
         if target is not None:
             ids.append(target)
-        # One lookup for all: each would have a gradient as large as the embedding.
+        # One lookup for all ids, as each lookup makes a gradient as large as the whole table.
         x = self.decoder.embed_tokens(torch.cat(ids, dim=1))
         memory = self.encoder(batch, self.decoder.embed_tokens)
         memory = memory.to(x.dtype)                                 # under autocast it may be bf16
@@ -322,8 +318,8 @@ class Autoencoder(nn.Module):
         return torch.cat([x[:, :1], memory, x[:, 1:]], dim=1)
 
     def forward(self, batch):
-        """batch -> losses in nats and hits, both (B, T), of each target token, and a dict of what
-        is trained on too: the load-balancing loss and, if it has one, the encoder's own loss.
+        """batch -> losses in nats and hits of the target tokens, both (B, T), and a dict of the
+        other losses to train on: the load-balancing loss and, if it has one, the encoder's.
 
         The target's tokens are predicted from the true ones before them (teacher forcing). So even
         without a memory the decoder guesses the easy ones. Only what it cannot guess has to be in
@@ -350,6 +346,6 @@ class Autoencoder(nn.Module):
             token = self.decoder.logits(hidden[:, -1]).argmax(dim=-1)  # (B,)
             token = torch.where(done, eos[0], token)
             tokens.append(token)
-            done = done | torch.isin(token, eos)
+            done |= torch.isin(token, eos)
             x = self.decoder.embed_tokens(token[:, None])
         return torch.stack(tokens, dim=1)

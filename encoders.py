@@ -6,22 +6,21 @@ The encoders: a context of T tokens becomes a memory of M vectors, as wide as th
         batch['image']:   (B, 3, S, S) pixels, if the encoder has an attribute image_size
         embed:            the decoder's own token embedding
 
-    text              the embeddings of the last N tokens: truncation, or the whole context
+    text              the embeddings of the last N tokens (truncation) or of the whole context
     meanpool          the mean embedding of each window
     conv1d_residual   a pyramid of residual convolutions, each of which halves the length
     vision            the context drawn as a page, then DeepSeek-OCR's encoder: SAM, CLIP, projector
 
 To add an encoder, write a class with the constructor (config, context_length, *, settings) and
-register it in ENCODERS under its --regime. config is a decoder.DecoderConfig. A setting is
-annotated as bool, int, float or str, or as one of them or None. It becomes a flag of train.py,
-whose help is the line "name: help" of the docstring. config.json stores it, and it labels the row
-of the table. If the constructor replaces a default of None, let it set self.<name> to the value in
-use: then config.json stores that.
+register it in ENCODERS under its --regime. config is a decoder.DecoderConfig. A setting's type is
+bool, int, float or str, or one of these | None. It becomes a flag of train.py, whose help is the
+line "name: help" of the docstring. config.json stores it, and it labels the row of the table. Where
+None stands for another value, set self.<name> to that value: config.json stores it instead.
 
 Three optional extras of an encoder: `prompt`, a text that the decoder reads after the memory;
 `loss`, a scalar that forward() sets and that is trained on and logged; and `start_from(decoder)`,
-called once if the encoder starts from random weights. Embeddings carry no positions: attention
-over them sees a bag of words unless you add some.
+called once if the encoder starts from random weights. Embeddings carry no positions: an encoder
+that attends over them has to add its own.
 
 B batch, T context tokens, M memory vectors, D decoder width, L a length, S page side in pixels, C
 channels, H W height and width in patches, h vectors a side, n heads, d head width. References:
@@ -36,8 +35,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 class Text(nn.Module):
-    """memory = embed(last N context tokens). This is the bar for any memory at language modelling:
-    it takes as many positions, and it knows nothing about compression.
+    """memory = embed(last N context tokens). At language modelling it is the bar for a memory of N
+    vectors: as many positions, and no compression.
 
     text_context_tokens: how many, N; 0 is no context (default: the whole context)"""
 
@@ -61,14 +60,14 @@ def learned(*shape):
     return nn.Parameter(torch.randn(shape) * shape[-1] ** -0.5)
 
 def append(memory, vector):
-    """(B, M, D), (D,) or (B, 1, D) -> (B, M + 1, D)"""
+    """memory (B, M, D) and vector (D,) or (B, 1, D) -> (B, M + 1, D)"""
     return torch.cat([memory, vector.expand(len(memory), 1, -1)], dim=1)
 
 class MeanPool(nn.Module):
-    """memory_i = mean(embed(context[i s : i s + w])), then one mean of the tokens left over, then a
-    separator: a learned vector that tells the decoder where vectors end and tokens begin.
+    """memory_i = mean(embed(context[i * s : i * s + w])), then a mean of the tokens left over, then
+    a separator: a learned vector that tells the decoder where vectors end and tokens begin.
 
-    A mean can be undone because embeddings are wide: few sets of w tokens have nearly the same sum.
+    Embeddings are wide, so few sets of w tokens have nearly the same mean: it can be undone.
     It loses the order of its tokens, which the decoder guesses from what it knows of the language.
 
     compression_window_size: tokens in a window, w
@@ -85,23 +84,23 @@ class MeanPool(nn.Module):
             raise ValueError(f'compression_window_size {w} with compression_stride {s} does not '
                              f'fit a context of {context_length} tokens')
         self.compression_window_size = w
-        # Not self.compression_stride, which would be stored: a run that starts from this one with
-        # another window would inherit the stride of this window.
+        # Not self.compression_stride: config.json would store it, and a run that starts from this
+        # one with another window would inherit this stride.
         self.stride = s
         self.separator = learned(config.hidden_size)
 
     def forward(self, batch, embed):
         x = embed(batch['context'])                                 # (B, T, D)
         w, s = self.compression_window_size, self.stride
-        memory = x.unfold(1, w, s).mean(dim=-1)                     # (B, windows, D)
-        end = (memory.shape[1] - 1) * s + w                                     # of the last window
+        memory = x.unfold(1, w, s).mean(dim=-1)                     # unfold: (B, windows, D, w)
+        end = (memory.shape[1] - 1) * s + w                         # where the last window ends
         if end < x.shape[1]:
             memory = append(memory, x[:, end:].mean(dim=1, keepdim=True))
         return append(memory, self.separator)
 
 class ResidualBlock(nn.Module):
-    """y = gelu(norm(conv_2(gelu(norm(conv_1(x))))) + pool(x)), where conv_2 has stride 2 and the
-    norm takes its mean and variance over all channels and positions."""
+    """Two convolutions, the second with stride 2, and a shortcut: x, average-pooled to that length.
+    Each norm takes its mean and variance over all channels and positions."""
 
     def __init__(self, dim, kernel, gain):
         super().__init__()
@@ -122,17 +121,17 @@ class Conv1dResidual(nn.Module):
 
     compression_target: number of vectors: T, T / 2, T / 4 and so on, rounded up (default: T / 4)
     conv_kernel: width of the first convolution of each block, odd
-    conv_gain: initial weight of each block's last norm; at 0 a block starts as gelu(mean of two)"""
+    conv_gain: initial weight of each block's last norm; at 0 a block starts as gelu(shortcut)"""
 
     def __init__(self, config, context_length, *, compression_target: int | None = None,
                  conv_kernel: int = 5, conv_gain: float = 1.0):
         super().__init__()
-        lengths = [context_length]                    # after 0, 1, 2 ... blocks
+        lengths = [context_length]                    # lengths[i]: after i blocks
         while lengths[-1] > 1:
             lengths.append((lengths[-1] + 1) // 2)
         target = compression_target
         if target is None:
-            target = lengths[min(2, len(lengths) - 1)]
+            target = lengths[:3][-1]                  # after two blocks, or as many as there are
         if target not in lengths:
             raise ValueError(f'compression_target {target} is not one of {lengths}: each block '
                              'halves the length')
@@ -154,7 +153,7 @@ class Conv1dResidual(nn.Module):
 @dataclass
 class VisionConfig:
     """Sizes of the vision encoder. The defaults are DeepSeek-OCR's SAM ViT-B and CLIP ViT-L."""
-    image_size: int = 1024                  # of SAM's position tables, resized for other pages
+    image_size: int = 1024                  # page side of SAM's position tables; others resize them
     sam_width: int = 768
     sam_layers: int = 12
     sam_heads: int = 12
@@ -172,12 +171,12 @@ def resize_positions(table, size):
     if table.shape[1] == size:
         return table
     x = table.float().permute(0, 3, 1, 2)                           # (1, C, h, h)
-    x = F.interpolate(x, (size, size), mode='bicubic', antialias=True)
+    x = F.interpolate(x, size, mode='bicubic', antialias=True)
     return x.permute(0, 2, 3, 1).to(table.dtype)
 
 def relative_positions(table, size):
     """The vector of each offset i - j, for i and j from 0 to size - 1: (size, size, d). The table
-    has all offsets of a grid, (2 grid - 1, d), and is resized if that is another size."""
+    has a row for each offset in a grid, 2 grid - 1 rows. It is resized if grid is not size."""
     if table.shape[0] != 2 * size - 1:
         x = table.float().T[None]                                   # (1, d, 2 grid - 1)
         x = F.interpolate(x, 2 * size - 1, mode='linear')
@@ -215,13 +214,12 @@ class SAMAttention(nn.Module):
         R_w = relative_positions(self.rel_pos_w, W).type_as(q)      # (W, W, d)
         bias_h = torch.einsum('bnijd,ird->bnijr', q, R_h)           # (B, n, H, W, H)
         bias_w = torch.einsum('bnijd,jcd->bnijc', q, R_w)           # (B, n, H, W, W)
-        row = torch.eye(H, device=x.device, dtype=q.dtype).view(1, 1, H, 1, H)
-        row = row.expand(B, n, H, W, H)
-        column = torch.eye(W, device=x.device, dtype=q.dtype).view(1, 1, 1, W, W)
-        column = column.expand(B, n, H, W, W)
+        # row[..., r, c, :] is one-hot at r, and column[..., r, c, :] at c
+        row = torch.eye(H, device=x.device, dtype=q.dtype)[:, None].expand(B, n, H, W, H)
+        column = torch.eye(W, device=x.device, dtype=q.dtype).expand(B, n, H, W, W)
 
         q = q * d ** -0.5                     # only this part is scaled, the biases are not
-        q = torch.cat([q, bias_h.type_as(q), bias_w.type_as(q)], dim=-1)
+        q = torch.cat([q, bias_h, bias_w], dim=-1)
         k = torch.cat([k, row, column], dim=-1)
         v = F.pad(v, (0, H + W))              # fused kernels want one width; cut off again below
         q = q.flatten(2, 3)                                         # (B, n, HW, d + H + W)
@@ -254,7 +252,7 @@ class SAMBlock(nn.Module):
         B, H, W, C = x.shape
         w = self.window
         m = math.ceil(H / w)                  # windows a side; pages are square
-        # Zeros fill the last windows, and are not masked: so the original was trained.
+        # Zeros fill the last windows. They are not masked, as in DeepSeek-OCR's training.
         x = F.pad(x, (0, 0, 0, m * w - W, 0, m * w - H))            # (B, mw, mw, C)
         x = x.view(B, m, w, m, w, C).transpose(2, 3)                # (B, m, m, w, w, C)
         x = self.attn(x.reshape(B * m * m, w, w, C))
@@ -275,7 +273,7 @@ class ChannelNorm(nn.LayerNorm):
 
 class SAM(nn.Module):
     """Pixels (B, 3, S, S) to features (B, C, S / 64, S / 64): a ViT on patches of 16 pixels, a neck
-    that narrows the channels, and two convolutions that halve the grid."""
+    that narrows the channels, and two convolutions that halve the grid. v: a VisionConfig."""
 
     def __init__(self, v):
         super().__init__()
@@ -319,18 +317,18 @@ class CLIPBlock(nn.Module):
             'fc2': nn.Linear(4 * dim, dim),
         })
 
-    def forward(self, x):                                           # (B, 1 + h h, C)
+    def forward(self, x):                                           # (B, 1 + h * h, C)
         qkv = self.self_attn.qkv_proj(self.layer_norm1(x))
-        qkv = qkv.unflatten(-1, (3, self.n_head, -1))               # (B, 1 + h h, 3, n, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (B, n, 1 + h h, d) each
+        qkv = qkv.unflatten(-1, (3, self.n_head, -1))               # (B, 1 + h * h, 3, n, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (B, n, 1 + h * h, d) each
         y = F.scaled_dot_product_attention(q, k, v)
         x = x + self.self_attn.out_proj(y.transpose(1, 2).flatten(2))
         y = self.mlp.fc1(self.layer_norm2(x))
         return x + self.mlp.fc2(y * torch.sigmoid(1.702 * y))
 
 class CLIP(nn.Module):
-    """SAM's features (B, C, h, h) in place of patch embeddings -> (B, 1 + h h, C), the class token
-    first, without a final norm."""
+    """A ViT whose patch embeddings are SAM's features: (B, C, h, h) -> (B, 1 + h * h, C). The class
+    token comes first. There is no final norm. v: a VisionConfig."""
 
     def __init__(self, v):
         super().__init__()
@@ -354,9 +352,9 @@ class CLIP(nn.Module):
         table = self.embeddings.position_embedding.weight           # (1 + 16 x 16, C)
         patches = table[1:].view(1, CLIP_GRID, CLIP_GRID, C)
         patches = resize_positions(patches, h).view(h * h, C)
-        positions = torch.cat([table[:1], patches])                 # (1 + h h, C)
+        positions = torch.cat([table[:1], patches])                 # (1 + h * h, C)
         token = self.embeddings.class_embedding.expand(B, 1, C).type_as(features)
-        x = torch.cat([token, features.flatten(2).transpose(1, 2)], dim=1)  # (B, 1 + h h, C)
+        x = torch.cat([token, features.flatten(2).transpose(1, 2)], dim=1)  # (B, 1 + h * h, C)
         return self.transformer.layers(self.pre_layrnorm(x + positions))
 
 # Pixels a side, as DeepSeek-OCR names them.
@@ -401,8 +399,8 @@ class Vision(nn.Module):
         sam = self.sam_model(image.type_as(self.image_newline))     # (B, C, h, h)
         B, C, h, _ = sam.shape
         clip = self.vision_model(sam)[:, 1:]                        # without the class token
-        sam = sam.flatten(2).transpose(1, 2)                        # (B, h h, C)
-        x = self.projector.layers(torch.cat([clip, sam], dim=-1))   # (B, h h, D)
+        sam = sam.flatten(2).transpose(1, 2)                        # (B, h * h, C)
+        x = self.projector.layers(torch.cat([clip, sam], dim=-1))   # (B, h * h, D)
         rows = append(x.reshape(B * h, h, -1), self.image_newline)  # (B h, h + 1, D)
         memory = rows.reshape(B, h * (h + 1), -1)
         return append(memory, self.view_seperator)
@@ -414,7 +412,7 @@ ENCODERS = {
     'vision': Vision,
 }
 
-def settings_of(encoder_class):
-    """The settings of an encoder's class: {name: inspect.Parameter}, with type and default."""
-    parameters = inspect.signature(encoder_class).parameters
+def settings_of(cls):
+    """The keyword-only parameters of a class's constructor: {name: inspect.Parameter}."""
+    parameters = inspect.signature(cls).parameters
     return {name: p for name, p in parameters.items() if p.kind == p.KEYWORD_ONLY}

@@ -113,7 +113,7 @@ def row_of(folder, args, device):
     run = config['run']
     T = run['context']
     image_size = getattr(model.encoder, 'image_size', None)
-    continuation = run.get('args', {}).get('continuation', T)
+    continuation = run.get('args', {}).get('continuation', T)       # save() alone stores no args
     data, _ = open_corpus(args.data or run['data'], tokenizer, T, continuation)
     page = {}
     if image_size:
@@ -124,15 +124,15 @@ def row_of(folder, args, device):
     def batches(limit):
         return Batches(data, 'val', args.batch_size, tokenizer, image_size, limit=limit, **page)
 
-    segments = batches(args.segments)
-    result = evaluate(model, segments, device, args.workers)
+    val = batches(args.segments)
+    result = evaluate(model, val, device, args.workers)
     texts = []
     chosen = batches(args.generate)
     for i in range(len(chosen)):
         texts += passages(model, chosen[i], tokenizer, device)
     with torch.no_grad(), autocast(device):
-        positions = model.sequence(to_device(segments[0], device)).shape[1]
-    labels = {**run['settings'], 'hybrid': run['hybrid'] or None, **page}
+        positions = model.sequence(to_device(val[0], device)).shape[1]
+    labels = {**run['settings'], 'hybrid': run['hybrid'] or None, **page}   # no hybrid, no label
     labels = [f'{name} {value}' for name, value in labels.items() if value not in (None, '')]
     row = {
         'run': folder,
@@ -143,7 +143,7 @@ def row_of(folder, args, device):
         'ratio': f'{T / positions:.2f}',
         'PPL': f'{result["ppl"]:.3f}',
         'accuracy': f'{result["accuracy"]:.3f}',
-        'segments': segments.n,
+        'segments': val.n,
     }
     if image_size:
         row['not drawn'] = f'{result["lost"]:.3f}'
@@ -186,9 +186,7 @@ def main(argv=None):
         rows.append(row)
         texts += [(*pair, f'{row["objective"]} by {folder}') for pair in pairs]
 
-    columns = list(rows[0])
-    if any('not drawn' in row for row in rows):
-        columns = list(dict.fromkeys([*columns, 'not drawn']))
+    columns = list(max(rows, key=len))      # a row with 'not drawn', if there is one
     print('|', ' | '.join(columns), '|')
     print('|' + '---|' * len(columns))
     for row in rows:

@@ -43,7 +43,7 @@ from encoders import ENCODERS, VisionConfig, settings_of
 
 # Models without weights, as the config.json that they would have. The rest is as in DeepSeek-OCR.
 PRESETS = {
-    'full': {'tokenizer': 'bytes', 'n_routed_experts': 64},     # without a number it would be dense
+    'full': {'tokenizer': 'bytes', 'n_routed_experts': 64},     # a model without it is dense
     'tiny': {
         'tokenizer': 'bytes',
         'language_config': {
@@ -67,7 +67,7 @@ PRESETS = {
     },
 }
 
-# What config.json may ask of the decoder. Anything else would load and silently be wrong.
+# What config.json may ask of the decoder, besides null. Anything else would silently be wrong.
 SUPPORTED = {
     'model_type': ['deepseek_v2', 'deepseek_vl_v2', 'DeepseekOCR', 'DeepseekOCR2', 'deepseek_ocr2',
                    'llama', 'mistral'],
@@ -88,7 +88,7 @@ SUPPORTED = {
 # by the hash of their JSON: DeepSeek-V3's and SmolLM2's.
 PRE_TOKENIZERS = {'d8d32910cbb77e54': 'deepseek', '88e46f2b7ff38881': 'smollm2'}
 # tiktoken splits in one pass. So each alternative leaves out the characters that an earlier pass
-# would have split off.
+# would have split off. [a--b] is what is in a but not in b.
 CJK = r'\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff'                        # Chinese and kana
 PATTERNS = {
     'deepseek': '|'.join([
@@ -98,7 +98,7 @@ PATTERNS = {
         rf'[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[[\p{{L}}\p{{M}}]--[{CJK}]]+',  # a space and a word
         rf' ?[[\p{{P}}\p{{S}}]--[{CJK}]]+[\r\n]*',                      # marks and symbols
         r'\s*[\r\n]+',                                                  # line ends
-        rf'\s+(?![^\s\p{{N}}{CJK}])',                                   # spaces, but a word's own
+        rf'\s+(?![^\s\p{{N}}{CJK}])',                                   # spaces, but not a word's
         r'\s+',
         # Controls, joiners and the like: tiktoken would drop what no alternative matches.
         rf'[^\s\p{{L}}\p{{M}}\p{{N}}\p{{P}}\p{{S}}{CJK}]+(?![[\p{{L}}\p{{M}}]--[{CJK}]])',
@@ -110,9 +110,8 @@ PATTERNS = {
 # ---- the command line
 
 def run_main(main):
-    """Call main(). Ctrl-C, and a ValueError, OSError or ImportError, which is taken for a user's
-    mistake, end in one line on stderr and exit code 1. DEBUG=1 in the environment keeps the
-    traceback."""
+    """Call main(). A ValueError, OSError or ImportError is taken for a user's mistake. Like Ctrl-C
+    it ends in one line on stderr and exit code 1. DEBUG=1 in the environment keeps a traceback."""
     sys.stdout.reconfigure(errors='replace')        # '?' for what a console cannot show
     try:
         main()
@@ -123,14 +122,14 @@ def run_main(main):
         sys.exit(f'{message} (DEBUG=1 shows where)')
 
 def positive(text):
-    """A whole number of at least 1, as the type of a flag."""
+    """A whole number of at least 1. As the annotation of a setting it is argparse's type=."""
     if int(text) < 1:
         raise ValueError
     return int(text)
 
 def add_flags(parser, cls, choices={}, **how):
-    """Make each setting of a class a flag of an argparse parser. The class says it all: the type in
-    the annotation, the default, and the help in the line "name: help" of the docstring."""
+    """Make each setting of a class a flag of an argparse parser: with the annotation as type, the
+    default, and as help the line "name: help" of the docstring. `how` replaces these."""
     for name, setting in settings_of(cls).items():
         line = re.search(rf'\b{name}: (.*)', cls.__doc__ or '')
         text = line[1] if line else ''
@@ -157,7 +156,7 @@ def read_json(path):
 
 @lru_cache
 def fetch(source, pattern):
-    """The folder of a checkpoint: `source`, or where the hub's files that match are kept here.
+    """The folder of a checkpoint: `source`, or the local copy of the hub's files that match.
     Raises ValueError."""
     if Path(source).is_dir():
         return Path(source)
@@ -170,9 +169,9 @@ def load_tokenizer(path):
     """tokenizer.json of DeepSeek-OCR or SmolLM2 as a tiktoken.Encoding with the same ids. Raises
     ValueError for any other kind.
 
-    tiktoken wants no merges: the rank of a merge is the id of the token that it makes. Its
-    encode_ordinary reads a special string in a text, like <image>, as plain text, where Hugging
-    Face's reads a special token."""
+    tiktoken has no list of merges: it first makes the merge whose token has the lowest id.
+    data.encode() reads a special string in a text, like <image>, as plain text. Hugging Face's
+    reads a special token."""
     spec = read_json(path)
     passes = json.dumps(spec.get('pre_tokenizer'), sort_keys=True)
     name = PRE_TOKENIZERS.get(hashlib.sha256(passes.encode()).hexdigest()[:16])
@@ -183,9 +182,8 @@ def load_tokenizer(path):
     special = {token['content']: token['id'] for token in spec['added_tokens']}
     vocab = {token: i for token, i in spec['model']['vocab'].items() if token not in special}
 
-    made_by_merges = {}                     # its keys; a merge is 'a b' or ['a', 'b']
-    for merge in spec['model']['merges']:
-        made_by_merges[''.join(merge).replace(' ', '')] = True
+    merges = spec['model']['merges']        # each is 'a b' or ['a', 'b']
+    made_by_merges = dict.fromkeys(''.join(merge).replace(' ', '') for merge in merges)
     longer_tokens = [token for token in sorted(vocab, key=vocab.get) if len(token) > 1]
     if list(made_by_merges) != longer_tokens:
         raise ValueError(f'{path}: the ids do not follow the order of the merges')
@@ -234,7 +232,7 @@ def sizes_from(config):
             sizes.eos_token_id = value                      # ids, each of which ends a text
         elif value is not None:
             setattr(sizes, field.name, field.type(value))
-        elif field.name in language and 'token_id' in field.name:
+        elif field.name in language and 'token_id' in field.name:   # there, but null
             raise ValueError(f'{field.name} is null')
     if language.get('num_key_value_heads') is None:
         sizes.num_key_value_heads = sizes.num_attention_heads
@@ -278,15 +276,15 @@ def open_tensors(folder):
     else:
         raise ValueError(f'{folder}: no model.safetensors, so no weights')
     stored = {}
-    for name in files:
+    for path in files:
         try:
-            file = safetensors.safe_open(folder / name, 'pt')
+            file = safetensors.safe_open(folder / path, 'pt')
         except safetensors.SafetensorError as e:
-            raise ValueError(f'{folder / name}: truncated or not a safetensors file ({e})') from e
-        for tensor in file.keys():
+            raise ValueError(f'{folder / path}: truncated or not a safetensors file ({e})') from e
+        for name in file.keys():
             # What an index does not list is taken too, so that fill() sees what is unexpected.
-            if file_of.get(tensor, name) == name:
-                stored[tensor] = file
+            if file_of.get(name, path) == path:
+                stored[name] = file
     return stored
 
 def part_of(name):
@@ -303,7 +301,7 @@ def part_of(name):
 def released_tensors(model, regime):
     """{released name: tensor} of an Autoencoder: views of its parameters, experts one by one."""
     tensors = {}
-    # Both list a shared parameter once.
+    # named_parameters() lists a shared parameter once.
     for name, p in [*model.named_parameters(), *model.named_buffers()]:
         p = p.detach()
         part, rest = name.split('.', 1)
@@ -313,13 +311,12 @@ def released_tensors(model, regime):
             tensors[rest] = p
         elif '.experts.' in rest:
             layer, kind = rest.split('.experts.')
+            kinds = [kind]
+            if kind == 'gate_up_proj':
+                kinds = ['gate_proj', 'up_proj']
             for e, expert in enumerate(p):
-                matrices = {kind: expert}
-                if kind == 'gate_up_proj':
-                    gate, up = expert.chunk(2)
-                    matrices = {'gate_proj': gate, 'up_proj': up}
-                for kind_in_file, matrix in matrices.items():
-                    tensors[f'model.{layer}.experts.{e}.{kind_in_file}.weight'] = matrix
+                for kind, matrix in zip(kinds, expert.chunk(len(kinds))):
+                    tensors[f'model.{layer}.experts.{e}.{kind}.weight'] = matrix
         else:
             tensors[f'model.{rest}'] = p
     return tensors
@@ -345,7 +342,7 @@ def fill(model, regime, stored, source):
         if found.shape != tensor.shape:
             raise ValueError(f'{source}: tensor {name} is {list(found.shape)}, {regime} needs '
                              f'{list(tensor.shape)}')
-        tensor.copy_(found)
+        tensor.copy_(found)                 # a view, so this fills the model
 
 # ---- models
 
@@ -378,7 +375,7 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
         stored = open_tensors(fetch(source, '*.safetensors'))
     try:
         sizes = sizes_from(config)
-        # What will be read is on the meta device, where it takes neither memory nor time.
+        # If weights will be read, build on the meta device, which takes neither memory nor time.
         with torch.device('meta' if stored else device):
             decoder = Decoder(sizes).to(dtype)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError) as e:
@@ -400,6 +397,7 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
     has_encoder = any(part_of(name) == regime for name in stored)
     if stored:
         decoder.to_empty(device=device)
+        # The ModuleDict gives names the same prefix as in the model, 'decoder.'
         in_the_file = model if has_encoder else torch.nn.ModuleDict({'decoder': decoder})
         fill(in_the_file, regime, stored, source)
     if not has_encoder and hasattr(encoder, 'start_from'):
@@ -410,7 +408,7 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
     # what save() stores of these choices
     stored_settings = {}
     for name, parameter in known.items():
-        # The encoder may have replaced a default of None. Otherwise, what it was called with.
+        # The encoder's attribute, if that is a plain value. Otherwise, what it was called with.
         value = getattr(encoder, name, None)
         if not isinstance(value, (int, float, str)):
             value = settings.get(name, parameter.default)
@@ -423,6 +421,7 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
         'objective': objective,
         'hybrid': hybrid,
         'settings': stored_settings,
+        # False if it began at random, here or in the run that it comes from
         'pretrained_encoder': has_encoder and run.get('pretrained_encoder', True),
     }
     return model, tokenizer, config

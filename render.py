@@ -3,9 +3,9 @@ Text to page image: the paper's page, in the largest font at which the whole tex
 
     python render.py FILE --size 640 --out page.png       what the vision encoder sees of a text
 
-Words are wrapped greedily, and a word wider than the page runs off its right edge. White space only
-separates words. Pages equal those of data/scripts/prepare_training_data.py in the paper's code,
-pixel for pixel, with Pillow's BASIC layout.
+Words are wrapped greedily, and a word wider than the page runs off its right edge. White space of
+any kind counts as one space. Pages equal those of data/scripts/prepare_training_data.py in the
+paper's code, pixel for pixel, with Pillow's BASIC layout.
 """
 import argparse
 import importlib.util
@@ -48,8 +48,9 @@ def extent(font, word):
 def ink_width(font, line, pen, word, limit):
     """Pixels of ink in a line and one more word, which begins at `pen`. An estimate, but exact
     within 2 pixels of the limit."""
-    first_word = line.split(' ', 1)[0]
-    ink = pen + extent(font, word)[1] - extent(font, first_word)[0]
+    left, _ = extent(font, line.split(' ', 1)[0])
+    _, right = extent(font, word)
+    ink = pen + right - left
     # Kerning moves the pen by fractions of a pixel, which Pillow rounds. Where that may matter,
     # measure the line as a whole.
     if abs(ink - limit) < 2:
@@ -91,19 +92,18 @@ def can_draw(font, character):
     """Whether the font has a character, and draws it correctly. Pillow's BASIC layout neither joins
     Arabic letters nor reverses Hebrew."""
     ink, corner = font.getmask2(character, 'L')
-    # For what it lacks, a font draws a box. No font has this character.
+    # A font draws a box for a character that it lacks. All fonts lack U+10FFFF.
     box, box_corner = font.getmask2('\U0010ffff', 'L')
     is_box = (bytes(ink), ink.size, corner) == (bytes(box), box.size, box_corner)
     return not is_box and unicodedata.bidirectional(character) not in ('R', 'AL')
 
 def letters_drawn(font, line, width, drawable):
     """How many letters of a line are on the page: within `width` pixels, and in `drawable`."""
-    inside = line
     # Only a single word can be too long: wrap() has broken all other lines.
     if ' ' not in line and advance(font, line) > width:
         end = largest(0, len(line), lambda n: font.getlength(line[:n]) <= width)
-        inside = line[:end]
-    return sum(character in drawable for character in inside)
+        line = line[:end]
+    return sum(character in drawable for character in line)
 
 def render_page(text, size, font='DejaVuSans.ttf', font_size=None, line_spacing=1.2, margin=0.05):
     """Draw a text on a white page of size x size pixels.
@@ -123,7 +123,7 @@ def render_page(text, size, font='DejaVuSans.ttf', font_size=None, line_spacing=
     def fits(font_size):
         lines = wrap(text, load_font(font, font_size), room)
         most = room // step(font_size)
-        return len(list(islice(lines, most + 1))) <= most
+        return len(list(islice(lines, most + 1))) <= most           # stops at one line too many
 
     if font_size is None:
         font_size = largest(4, 30, fits)
@@ -131,13 +131,14 @@ def render_page(text, size, font='DejaVuSans.ttf', font_size=None, line_spacing=
     lines = list(wrap(text, face, room))
     most = room // step(font_size)
     drawable = {character for character in set(text) if can_draw(face, character)}
-    drawable.add(' ')
+    drawable.add(' ')                       # it stands between words, whatever the text has there
 
     page = Image.new('L', (size, size), 'white')
     draw = ImageDraw.Draw(page)
     missing = len(' '.join(lines[most:]))
     for i, line in enumerate(lines[:most]):
         draw.text((edge, edge + i * step(font_size)), line, fill='black', font=face)
+        # A word too long for its line runs through the right margin, to the end of the page.
         missing += len(line) - letters_drawn(face, line, size - edge, drawable)
     return page.convert('RGB'), font_size, len(lines[:most]), missing
 

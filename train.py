@@ -119,14 +119,14 @@ REPORTS = ('log_steps', 'eval_steps', 'eval_segments')              # a resumed 
 CHOICES = {'regime': ENCODERS, 'objective': OBJECTIVES, 'weights': ('fp32', 'bf16')}
 
 def flags():
-    """The command line: the flags, and every setting of every encoder."""
+    """The command line: the flags, and all encoders' settings, of which two may share a name."""
     parser = argparse.ArgumentParser(
         usage='python train.py [--flag value ...]', allow_abbrev=False, conflict_handler='resolve',
         epilog=f'With --model tiny, these replace the defaults above: {TINY}.')
     add_flags(parser, Flags, CHOICES)
     for name, encoder in ENCODERS.items():
         group = parser.add_argument_group(f'--regime {name}')
-        add_flags(group, encoder, default=argparse.SUPPRESS)
+        add_flags(group, encoder, default=argparse.SUPPRESS)        # not in args unless given
     return parser
 
 def parse_args(argv=None):
@@ -149,7 +149,7 @@ def parse_args(argv=None):
     parser.set_defaults(**inherited)
     args = parser.parse_args(argv)          # now the optimiser and the encoder are known
     if args.low_memory and not (args.resume or inherited.get('low_memory')):
-        parser.set_defaults(learning_rate=5e-3)                     # what Adafactor wants
+        parser.set_defaults(learning_rate=5e-3)                     # new to Adafactor: its own rate
     if run.get('regime') == args.regime:
         parser.set_defaults(**run['settings'])
     args = parser.parse_args(argv)
@@ -185,8 +185,8 @@ def make_optimizer(model, encoder_lr, args):
         trained = [p for p in part.parameters() if p.requires_grad]
         groups.append({'params': trained, 'peak_lr': peak})
     if args.low_memory:
-        # torch's defaults suit fp32. In bf16 their eps is larger than most squared gradients, and a
-        # slow average no longer changes. Here its rate at step t is 1 - t ** -0.5.
+        # torch's defaults suit fp32. In bf16 the default eps is larger than most squared gradients,
+        # and a slow average stops changing. The average here decays by 1 - t ** -0.5 at step t.
         return torch.optim.Adafactor(groups, weight_decay=args.weight_decay, eps=(1e-15, 1e-3),
                                      beta2_decay=-0.5)
     return torch.optim.AdamW(groups, betas=(0.9, args.beta2), weight_decay=args.weight_decay,
@@ -195,7 +195,7 @@ def make_optimizer(model, encoder_lr, args):
 def train_step(model, optimizer, batches, scale, max_grad_norm, device):
     """One optimiser step over a list of micro-batches, at `scale` times the peak rates -> a dict of
     mean losses and the norm of the gradient before clipping, on the device. 'loss' is the
-    cross-entropy in nats; the others are trained on besides."""
+    cross-entropy in nats; the other losses are added to it."""
     model.train()
     for group in optimizer.param_groups:
         group['lr'] = group['peak_lr'] * scale
@@ -264,7 +264,7 @@ def main(argv=None):
                          f'{world}, or RANK {rank} is not below it')
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        locked = lock(out)                  # before anything is read or asked of the folder
+        locked = lock(out)                  # held to the end; before anything is read of the folder
     if not args.resume and (out / 'model.safetensors').exists():
         raise ValueError(f'{out}: holds a run; --resume {out} continues it, and --output_dir '
                          'names another folder')
@@ -300,8 +300,8 @@ def main(argv=None):
         if image_size:
             workers = 6 if on_cuda else 2   # pages take a core's time
 
-    # optimiser; a random encoder needs the full rate: the decoder may ignore its memory for
-    # hundreds of steps as it is. At that rate a pretrained one would forget.
+    # optimiser; a random encoder needs the full rate: even so the decoder may ignore its memory
+    # for hundreds of steps. At that rate a pretrained encoder would forget.
     steps = args.steps or -(-len(train) // G)
     encoder_lr = args.encoder_lr
     if encoder_lr is None:
@@ -316,7 +316,7 @@ def main(argv=None):
     stored = {name: x for name, x in vars(args).items() if name not in not_stored}
     config['run'] |= {'args': stored, 'data': args.data}
 
-    # the log: what the run wrote after its last save, it will write again
+    # the log: of a resumed run keep the lines up to its last save; the rest is written again
     log_path = out / 'log.jsonl'
     if rank == 0:
         lines = []
@@ -372,9 +372,9 @@ def main(argv=None):
             torch.distributed.all_reduce(values)
         report = dict(zip(report, (values / world).tolist()))
         seconds = (time.time() - clock) / (step - clock_step)
-        tokens = args.batch_size * G * meta[OBJECTIVES[args.objective]]
+        tokens = args.batch_size * G * meta[OBJECTIVES[args.objective]]     # target tokens
         report['ppl'] = math.exp(min(report['loss'], 700))
-        report['lr'] = optimizer.param_groups[-1]['lr']
+        report['lr'] = optimizer.param_groups[-1]['lr']             # of the decoder
         report['tokens_per_s'] = tokens / seconds
         report['minutes_left'] = seconds * (steps - step) / 60
         if on_cuda:

@@ -20,8 +20,7 @@ import llm_encoder                                            # noqa: E402, F401
 import perceiver                                              # noqa: E402, F401
 from data import Batches                                      # noqa: E402
 from eval import autocast, pick_device, to_device             # noqa: E402
-from load_deepseek import load_run                            # noqa: E402
-from render import run_main                                   # noqa: E402
+from load_deepseek import load_run, run_main                  # noqa: E402
 
 PARTS = {
     'first_16': slice(0, 16),

@@ -1,5 +1,6 @@
 """What the README says about the code is so: its size, the flags in its commands, its links."""
 import ast
+import importlib
 import io
 import json
 import re
@@ -21,7 +22,7 @@ README = (ROOT / 'README.md').read_text(encoding='utf-8')
 FILES = ('render.py', 'encoders.py', 'decoder.py', 'data.py', 'load_deepseek.py', 'train.py', 'eval.py')
 PROGRAMS = {'train.py': train, 'eval.py': evaluation, 'data.py': data, 'render.py': render}
 FORK = set(ENCODERS) != {'text', 'meanpool', 'conv1d_residual', 'vision'}   # with a compressor of its own, the size is its own affair
-TOKENS, A_LINE, A_LINE_IN_A_FILE, ABOVE_20, CODE_LINES, LINES, README_LINES = 16_750, 10.0, 12.0, 0.10, 1_760, 2_430, 150
+TOKENS, A_LINE, A_LINE_IN_A_FILE, ABOVE_20, CODE_LINES, LINES, README_LINES = 16_750, 10.0, 12.0, 0.10, 1_765, 2_430, 150
 
 def density(source):
     """Tokens of each line of code: names, operators, numbers and strings; docstrings and comments do not count."""
@@ -124,6 +125,12 @@ def test_links(file):
         if heading:
             headings = [re.sub(r'[^\w -]', '', line.lstrip('# ').lower()).replace(' ', '-') for line in path.read_text().splitlines() if line.startswith('#')]
             assert heading in headings, target
+
+@pytest.mark.parametrize('script', sorted([*(ROOT / 'results').glob('*.py'), *(ROOT / 'examples').glob('*.py')]), ids=lambda path: path.stem)
+def test_every_script_still_imports_what_it_needs(monkeypatch, script):
+    monkeypatch.syspath_prepend(script.parent)
+    monkeypatch.setattr('sys.argv', ['x'])
+    importlib.import_module(script.stem)
 
 def test_results_are_few_files():
     files = [path for path in (ROOT / 'results').rglob('*') if path.is_file() and '__pycache__' not in path.parts]
