@@ -330,7 +330,7 @@ class Autoencoder(nn.Module):
         losses, hits = self.decoder.token_losses(hidden[:, first:-1], target)
         extra = {'balance_loss': balance_loss}
         if hasattr(self.encoder, 'loss'):
-            extra['encoder_loss'] = self.encoder.loss
+            extra['encoder_loss'] = torch.as_tensor(self.encoder.loss, device=losses.device)
         return losses, hits, extra
 
     @torch.no_grad()

@@ -19,8 +19,9 @@ None stands for another value, set self.<name> to that value: config.json stores
 
 Three optional extras of an encoder: `prompt`, a text that the decoder reads after the memory;
 `loss`, a scalar that forward() sets and that is trained on and logged; and `start_from(decoder)`,
-called once if the encoder starts from random weights. Embeddings carry no positions: an encoder
-that attends over them has to add its own.
+called once if the encoder starts from random weights, which copies values of the decoder into the
+parameters that the constructor has made. Embeddings carry no positions: an encoder that attends
+over them has to add its own.
 
 B batch, T context tokens, M memory vectors, D decoder width, L a length, S page side in pixels, C
 channels, H W height and width in patches, h vectors a side, n heads, d head width. References:
@@ -414,5 +415,5 @@ ENCODERS = {
 
 def settings_of(cls):
     """The keyword-only parameters of a class's constructor: {name: inspect.Parameter}."""
-    parameters = inspect.signature(cls).parameters
+    parameters = inspect.signature(cls, eval_str=True).parameters
     return {name: p for name, p in parameters.items() if p.kind == p.KEYWORD_ONLY}

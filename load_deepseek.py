@@ -402,16 +402,16 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
         fill(in_the_file, regime, stored, source)
     if not has_encoder and hasattr(encoder, 'start_from'):
         encoder.start_from(decoder)
-    if stored and not has_encoder and list(encoder.parameters()):
+    elif stored and not has_encoder and list(encoder.parameters()):
         print(f'{source}: has no {regime} encoder, so it starts from random weights')
 
     # what save() stores of these choices
     stored_settings = {}
     for name, parameter in known.items():
-        # The encoder's attribute, if that is a plain value. Otherwise, what it was called with.
-        value = getattr(encoder, name, None)
-        if not isinstance(value, (int, float, str)):
-            value = settings.get(name, parameter.default)
+        value = settings.get(name, parameter.default)
+        in_use = getattr(encoder, name, None)
+        if value is None and isinstance(in_use, (int, float, str)):
+            value = in_use                  # the constructor has put it in the place of None
         stored_settings[name] = value
     run = config.get('run', {})
     config['run'] = {

@@ -50,7 +50,7 @@ class Flags:
     regime: which encoder
     objective: what the decoder predicts from the memory
     hybrid_text_tokens: last context tokens that follow the memory as plain tokens
-    train_encoder: train the encoder too; --no-train_encoder freezes it
+    train_encoder: train the encoder too; --no-train_encoder freezes its parameters
     data: a corpus made by data.py, or a source for data.py
     context: context tokens in a segment
     continuation: tokens in a segment that follow the context
@@ -65,7 +65,7 @@ class Flags:
     beta2: of AdamW
     warmup_ratio: share of the steps in which the learning rate rises
     max_grad_norm: clip the gradient to this norm
-    low_memory: Adafactor, at a learning rate of 5e-3, and activations that are computed twice
+    low_memory: Adafactor, at a learning rate of 5e-3; activations of the decoder are computed twice
     weights: dtype of the trained weights, fp32 or bf16; the authors use bf16
     seed: of random weights and of the order of the data
     device: cpu, cuda, mps; auto is cuda if there is one
@@ -125,6 +125,9 @@ def flags():
         epilog=f'With --model tiny, these replace the defaults above: {TINY}.')
     add_flags(parser, Flags, CHOICES)
     for name, encoder in ENCODERS.items():
+        for setting in settings_of(encoder):
+            if setting in settings_of(Flags):
+                raise ValueError(f'{name}: its setting {setting} has the name of a flag')
         group = parser.add_argument_group(f'--regime {name}')
         add_flags(group, encoder, default=argparse.SUPPRESS)        # not in args unless given
     return parser

@@ -256,6 +256,21 @@ def test_a_setting_may_share_its_name_with_a_parameter(monkeypatch):
     with pytest.raises(AssertionError, match=r'memory \(2, 128, 32\), not \(2, M, 128\)'):
         model.sequence({'context': torch.zeros(2, 32, dtype=torch.long)})
 
+class Halved(encoders.MeanPool):
+    """A setting that the constructor changes under its own name is stored as it was given."""
+
+    def __init__(self, config, context_length, *, width: float = 8.0):
+        super().__init__(config, context_length)
+        self.width, self.loss = width / 2, 0.0                 # a loss may be a plain number
+
+def test_a_changed_setting_is_stored_as_given_and_a_flag_is_no_setting(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(encoders.ENCODERS, 'halved', Halved)
+    run(corpus, tmp_path / 'run', '--regime', 'halved', steps=1)
+    train.main(['--resume', str(tmp_path / 'run'), '--steps', '2'])
+    assert load_run(tmp_path / 'run')[2]['run']['settings'] == {'width': 8.0} and read_log(tmp_path / 'run')[0]['encoder_loss'] == 0
+    monkeypatch.setattr(Halved, '__init__', lambda self, config, context_length, *, steps: None)
+    assert said(capsys, train.main, '') == 'halved: its setting steps has the name of a flag (DEBUG=1 shows where)'
+
 class Quantised(nn.Module):
     """Means of four, pulled towards a code, with a loss of its own; starts from the decoder's first layer."""
 
