@@ -67,7 +67,11 @@ def texts_of(path, field):
             raise ValueError(f'no field {field}, only {", ".join(file.schema_arrow.names)}; '
                              'choose one with data.py --field')
         for batch in file.iter_batches(256, columns=[field]):
-            yield from batch.column(0).to_pylist()
+            for value in batch.column(0):
+                try:
+                    yield value.as_py()
+                except (ValueError, OverflowError):         # no UTF-8, a date beyond Python's
+                    yield None
     elif kind == '.jsonl':
         for line in open(path, 'rb'):
             line = line.strip(b'\xef\xbb\xbf \t\r\n')       # a byte-order mark, white space

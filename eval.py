@@ -114,7 +114,10 @@ def row_of(folder, args, device):
     T = run['context']
     image_size = getattr(model.encoder, 'image_size', None)
     continuation = run.get('args', {}).get('continuation', T)       # save() alone stores no args
-    data, _ = open_corpus(args.data or run['data'], tokenizer, T, continuation)
+    source = args.data or run.get('data')
+    if source is None:
+        raise ValueError(f'{folder}: names no corpus; --data does')
+    data, _ = open_corpus(source, tokenizer, T, continuation)
     page = {}
     if image_size:
         for name in ('font', 'font_size', 'line_spacing'):

@@ -151,7 +151,7 @@ def read_json(path):
     """The JSON object in a file, as a dict. Raises ValueError or OSError."""
     try:
         return dict(json.loads(Path(path).read_bytes()))
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, RecursionError) as e:
         raise ValueError(f'{path}: no JSON object ({e})') from e
 
 @lru_cache
@@ -205,7 +205,11 @@ def tokenizer_of(source):
     if source not in PRESETS:
         folder = fetch(source, '*.json')
         if read_json(folder / 'config.json').get('tokenizer') != 'bytes':
-            return load_tokenizer(folder / 'tokenizer.json')
+            path = folder / 'tokenizer.json'
+            try:
+                return load_tokenizer(path)
+            except (KeyError, TypeError, AttributeError) as e:
+                raise ValueError(f'{path}: damaged ({e!r})') from e
     ranks = {bytes([byte]): 3 + byte for byte in range(256)}
     special = {'<bos>': 0, '<eos>': 1, '<pad>': 2}
     return tiktoken.Encoding('bytes', pat_str='(?s:.)', mergeable_ranks=ranks,
@@ -237,10 +241,13 @@ def sizes_from(config):
     if language.get('num_key_value_heads') is None:
         sizes.num_key_value_heads = sizes.num_attention_heads
     head_dim = sizes.hidden_size // sizes.num_attention_heads
+    is_even = head_dim % 2 == 0 and head_dim * sizes.num_attention_heads == sizes.hidden_size
+    if not is_even or sizes.num_attention_heads % sizes.num_key_value_heads:
+        raise ValueError('the heads do not divide hidden_size evenly')
     if language.get('head_dim') not in (None, head_dim):
         raise ValueError(f'head_dim {language["head_dim"]} is not {head_dim}')
-    if sizes.bos_token_id >= sizes.vocab_size:
-        raise ValueError('bos_token_id is not below vocab_size')
+    if not 0 <= sizes.bos_token_id < sizes.vocab_size:
+        raise ValueError('bos_token_id is not below vocab_size, or is negative')
     if 0 < sizes.n_routed_experts < sizes.num_experts_per_tok:
         raise ValueError('num_experts_per_tok is more than n_routed_experts')
 
@@ -271,7 +278,7 @@ def open_tensors(folder):
         file_of = {}
         files = ['model.safetensors']
     elif index.exists():
-        file_of = read_json(index)['weight_map']
+        file_of = read_json(index).get('weight_map') or {}
         files = sorted(set(file_of.values()))
     else:
         raise ValueError(f'{folder}: no model.safetensors, so no weights')
@@ -285,6 +292,8 @@ def open_tensors(folder):
             # What an index does not list is taken too, so that fill() sees what is unexpected.
             if file_of.get(name, path) == path:
                 stored[name] = file
+    if not stored:
+        raise ValueError(f'{folder}: no tensors in {files or index.name}')
     return stored
 
 def part_of(name):
@@ -331,6 +340,8 @@ def fill(model, regime, stored, source):
     for name in stored:
         if name == 'lm_head.weight' and name not in needed:         # stored although it is tied
             tied = 'model.embed_tokens.weight'
+            if tied not in stored:
+                raise ValueError(f'{source}: tensor {tied} is missing')
             if not torch.equal(stored[name].get_tensor(name), stored[tied].get_tensor(tied)):
                 raise ValueError(f'{source}: tied embeddings, but {name} is not {tied}')
         elif name not in needed and name not in skipped:
@@ -339,9 +350,10 @@ def fill(model, regime, stored, source):
         if name not in stored:
             raise ValueError(f'{source}: tensor {name} is missing')
         found = stored[name].get_tensor(name)
-        if found.shape != tensor.shape:
-            raise ValueError(f'{source}: tensor {name} is {list(found.shape)}, {regime} needs '
-                             f'{list(tensor.shape)}')
+        same_kind = found.is_floating_point() == tensor.is_floating_point()
+        if found.shape != tensor.shape or not same_kind:
+            raise ValueError(f'{source}: tensor {name} is {found.dtype} {list(found.shape)}, '
+                             f'{regime} needs {tensor.dtype} {list(tensor.shape)}')
         tensor.copy_(found)                 # a view, so this fills the model
 
 # ---- models

@@ -37,8 +37,8 @@ from load_deepseek import (PRESETS, add_flags, fetch, load, positive, read_json,
 # ---- flags
 
 def rate(text):
-    """A number of at least 0, as argparse's type of a flag."""
-    if not float(text) >= 0:                # so NaN is refused too
+    """A finite number of at least 0, as argparse's type of a flag."""
+    if not 0 <= float(text) < math.inf:     # so NaN is refused too
         raise ValueError
     return float(text)
 
@@ -246,10 +246,10 @@ def restore(out, optimizer):
     path = out / f'optimizer-{step:08d}.pt'
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
+        groups = optimizer.state_dict()['param_groups']
+        optimizer.load_state_dict({'state': state, 'param_groups': groups})
     except Exception as e:                  # whatever unpickling a damaged file may raise
         raise ValueError(f'{path}: missing or damaged') from e
-    groups = optimizer.state_dict()['param_groups']
-    optimizer.load_state_dict({'state': state, 'param_groups': groups})
     return step
 
 def main(argv=None):

@@ -42,7 +42,7 @@ def point_of(folder, args, device):
         'ppl': float(row['PPL']),
         'is_none': row['regime'] == 'text' and row['positions'] == 1,
         'is_whole': row['regime'] == 'text' and row['positions'] == 1 + run['context'],
-        'flags': {**flags, **run['settings'], 'data': run['data']},
+        'flags': {**flags, **run['settings'], 'data': run.get('data')},
     }
 
 def label_points(points):

@@ -94,8 +94,9 @@ def test_llama_is_the_same_decoder(tmp_path):
 def test_a_wrong_tensor_is_named(released, regime):
     name = 'model.layers.1.mlp.experts.5.up_proj.weight'
     holder = next(p for p in released.glob('*.safetensors') if name in load_file(p))
-    whole = load_file(holder)
+    whole = {name: tensor.clone() for name, tensor in load_file(holder).items()}     # safetensors 0.5 maps the file
     for change, message in ((lambda t: t.pop(name), 'missing'), (lambda t: t.update({name: t[name][:, 1:].contiguous()}), '[48, 63]'),
+                            (lambda t: t.update({name: t[name].to(torch.int8)}), 'torch.int8'),
                             (lambda t: t.update({'model.extra': torch.zeros(3)}), 'model.extra')):
         tensors = copy.copy(whole)
         change(tensors)
@@ -115,6 +116,11 @@ def test_broken_folders_are_refused(released, tmp_path):
     (tmp_path / 'bare').mkdir()
     (tmp_path / 'bare' / 'config.json').write_text(json.dumps(config), encoding='utf-8')
     refused('no weights', source=tmp_path / 'bare')
+    for index in ('{"weight_map": {}}', '{"weight_map": null}', '{}'):
+        (tmp_path / 'bare' / 'model.safetensors.index.json').write_text(index, encoding='utf-8')
+        refused('no tensors in model.safetensors.index.json', source=tmp_path / 'bare')
+    save_file({}, tmp_path / 'bare' / 'model.safetensors')
+    refused("no tensors in ['model.safetensors']", source=tmp_path / 'bare')
     for file, size in (('model-00002-of-000002.safetensors', 1000), ('model-00002-of-000002.safetensors', 0)):
         with open(released / file, 'rb+') as f:
             f.truncate(size)

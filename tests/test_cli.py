@@ -50,6 +50,7 @@ def refused(capsys, main, command, message):
     ('--train_encoder False', 'unrecognized arguments: False'),
     ('--batch_size 0', "--batch_size: invalid positive value: '0'"),
     ('--learning_rate nan', "--learning_rate: invalid rate value: 'nan'"),
+    ('--learning_rate inf', "--learning_rate: invalid rate value: 'inf'"),
     ('--learning_rate -1', "--learning_rate: invalid rate value: '-1'"),
     ('--steps x', "--steps: invalid positive value: 'x'"),
     ('--steps 0', "--steps: invalid positive value: '0'"),

@@ -131,6 +131,10 @@ def test_only_the_text_column_of_parquet_is_read(tmp_path):
         pyarrow.parquet.write_table(pa.table({**others, 'text': column}), tmp_path / f'{name}.parquet')
         assert documents(tmp_path / f'{name}.parquet') == texts, name
     assert set(documents(tmp_path / 'plain.parquet', 'binary')) == set(documents(tmp_path / 'plain.parquet', 'null')) == {None}
+    assert set(documents(tmp_path / 'plain.parquet', 'far')) == {None}                             # beyond Python's dates
+    latin = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 2, 4], np.int32)), pa.py_buffer(b'ab\xe9\xff'))
+    pyarrow.parquet.write_table(pa.table({'text': latin}), tmp_path / 'latin.parquet')
+    assert documents(tmp_path / 'latin.parquet') == ['ab', None]                                 # one that is no UTF-8 costs no other
     whole = (tmp_path / 'plain.parquet').read_bytes()
     group = pyarrow.parquet.ParquetFile(tmp_path / 'plain.parquet').metadata.row_group(0)
     columns = {c.path_in_schema: c.dictionary_page_offset or c.data_page_offset for c in map(group.column, range(group.num_columns))}
@@ -161,7 +165,8 @@ def test_the_rope_theta_of_either_place(change, theta):
     ({'rope_parameters': {'rope_theta': 1e5}, 'rope_scaling': {'type': 'yarn', 'factor': 4.0}}, 'yarn'),
     ({'rope_scaling': {'type': 'linear', 'factor': 2.0}}, 'linear'),
     ({'rope_scaling': {'rope_type': 'dynamic', 'factor': 2.0}}, 'dynamic'),
-    ({'model_type': 'qwen3'}, 'qwen3'), ({'model_type': 'gemma'}, 'gemma'),
+    *(({name: value}, 'the heads do not divide') for name, value in (('num_attention_heads', 5), ('num_attention_heads', 16), ('num_key_value_heads', 4))),
+    ({'bos_token_id': -1}, 'bos_token_id'), ({'model_type': 'qwen3'}, 'qwen3'), ({'model_type': 'gemma'}, 'gemma'),
     *(({name: value}, name) for name, value in (('head_dim', 16), ('hidden_act', 'gelu'), ('sliding_window', 4096), ('partial_rotary_factor', 0.5),
       ('scoring_func', 'sigmoid'), ('norm_topk_prob', True), ('routed_scaling_factor', 2.5), ('topk_method', 'noaux_tc'))),
     ({'rope_scaling': {'factor': 2.0}}, 'factor')])
@@ -194,9 +199,10 @@ NO_RUNS = [3, {'settings': {}}, {'settings': 3}, {'regime': 'jpeg', 'context': 3
 def test_a_config_that_is_not_a_model_or_a_run_is_one_line(tmp_path, capsys):
     model, _, config = load('tiny', 'meanpool', 32)
     save(released_tensors(model, 'meanpool'), config, tmp_path / 'run')
+    assert said(capsys, evaluation.main, [str(tmp_path / 'run')]).endswith('run: names no corpus; --data does (DEBUG=1 shows where)')
     config['run'] |= {'data': 'pydoc', 'args': {'continuation': 32}}
     contents = [json.dumps({**config, 'language_config': {**config['language_config'], **change}}) for change in NO_NUMBERS]
     contents += [json.dumps({**config, 'run': run}) for run in NO_RUNS]
-    for content in (*contents, '[]', '"x"', '{"language_config": []}', '{"language_config": 3}', '{"vision_config": {}}', ''):
+    for content in (*contents, '[]', '"x"', '{"language_config": []}', '{"language_config": 3}', '{"vision_config": {}}', '', '[' * 99_999):
         (tmp_path / 'run' / 'config.json').write_text(content, encoding='utf-8')
         assert 'run' in said(capsys, evaluation.main, [str(tmp_path / 'run')]), content

@@ -114,6 +114,11 @@ def test_what_is_not_exactly_one_of_the_two_is_refused(pair, tmp_path):
         with pytest.raises(ValueError, match='tokenizer.json: ') as e:
             loaded(**change)
         assert '\n' not in str(e.value)
+    (tmp_path / 'config.json').write_text('{}', encoding='utf-8')
+    for change in ({'added_tokens': None}, {'model': {}}, {'model': {**spec['model'], 'vocab': {**vocab, '\u4e00': 99}}}):
+        (tmp_path / 'tokenizer.json').write_text(json.dumps({**spec, **change}), encoding='utf-8')
+        with pytest.raises(ValueError, match='tokenizer.json: damaged'):
+            tokenizer_of(str(tmp_path))
     for content in ('{}', 'no json'):
         (tmp_path / 'tokenizer.json').write_text(content, encoding='utf-8')
         with pytest.raises(ValueError, match='tokenizer.json'):
