@@ -40,6 +40,8 @@ FORMS = {
 }
 # The titles of the picture say what was found, so they belong to one log.
 TITLES = {
+    'comparison_held_out': ('Convolutions rebuild the text as well as vision',
+                            'Truncation predicts what follows best'),
     'comparison': ('Convolutions rebuild the text as well as vision',
                    'Truncation predicts what follows best'),
 }

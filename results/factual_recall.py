@@ -16,7 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / 'examples')]
+import llm_encoder                                            # noqa: E402, F401 (it registers)
+import perceiver                                              # noqa: E402, F401
 from data import Batches                                      # noqa: E402
 from eval import autocast, pick_device, to_device             # noqa: E402
 from load_deepseek import load_run, run_main                  # noqa: E402
