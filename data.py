@@ -159,7 +159,7 @@ def split(sizes, train_limit, val_limit, share):
             if counts['val'] < wanted:
                 side = 'val'
             limit = train_limit if side == 'train' else val_limit
-            n = int(min(step, size - start, limit - counts[side]))      # inf without a limit
+            n = int(min(step, size - start, limit - counts[side]))      # the limit may be inf
             pieces.append((side, first + start, n))
             counts[side] += n
         first += size
@@ -170,7 +170,7 @@ def repeated(val, train):
     which segments of train they overlap there: bool (m,)."""
     train_bytes = train.tobytes()
     segments = [row.tobytes() for row in val]
-    size = len(segments[0])
+    size = len(segments[0])                 # bytes in a segment
     # Compare short beginnings first. Only where they agree, look at the whole segment.
     probe = min(64, size)
     beginnings = {segment[:probe] for segment in segments}
@@ -182,7 +182,7 @@ def repeated(val, train):
             segment = train_bytes[i:i + size]
             if segment in wanted:
                 found.add(segment)
-                in_train[[i // size, (i + size - 1) // size]] = True    # of one row or two
+                in_train[[i // size, (i + size - 1) // size]] = True    # rows of its two ends
     in_val = np.array([segment in found for segment in segments])
     return in_val, in_train
 
@@ -196,7 +196,7 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
     val_limit = val_segments or np.inf
     share = 0.1
     if train_segments is not None:
-        val_limit = val_segments or -(-train_segments // 9)         # a ninth of training
+        val_limit = val_segments or -(-train_segments // 9)         # a tenth of the two together
         share = val_limit / (train_limit + val_limit)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'{out.name}.tmp', dir=out.parent) as temporary:
@@ -226,7 +226,7 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
                 file.write(ids[:n * length].tobytes())
                 sizes.append(n)
                 total += n
-                if total > 1.2 * (train_limit + val_limit):         # more, as split() may drop some
+                if total > 1.2 * (train_limit + val_limit):         # a fifth to spare for split()
                     break
         report = ', '.join(f'{n:,} {name}' for name, n in counts.items())
         if total < 2:
@@ -239,8 +239,8 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
             rows[side].extend(range(first, first + n))
         train = segments[rows['train']]
         val = segments[rows['val']]
-        # What is on both sides leaves validation. But if it is most of validation, it leaves
-        # training instead, where 4 times as much must be left. Where neither can be, it stays.
+        # Validation drops what is on both sides. If that is most of it, training drops it instead,
+        # where 4 * len(val) segments are left. If it is all of validation, both keep it.
         in_val, in_train = repeated(val, train)
         if 2 * in_val.sum() > len(val) and 4 * len(val) <= (~in_train).sum():
             train = train[~in_train]
@@ -351,7 +351,7 @@ class Batches(Dataset):
             if self.side == 'train':
                 rows.append(permutation(self.n, self.seed, epoch)[k])
             elif epoch == 0:                # validation ends after one pass
-                rows.append(k * self.meta['val'] // self.n)             # n, evenly from all
+                rows.append(k * self.meta['val'] // self.n)             # self.n rows, evenly spaced
         return rows
 
     def __getitem__(self, i):

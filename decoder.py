@@ -84,7 +84,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None):
         B, T, D = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, d)
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n, T, d)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         q = rotate(q, cos, sin)
@@ -113,8 +113,8 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 class Gather(torch.autograd.Function):
-    """y = x[index], which has k copies of each row of x. `where` lists the rows of y that copy
-    x[0], then those that copy x[1], and so on. Backward looks them up and sums each k.
+    """y = x[index], in which each row of x comes k times. `where` lists the rows of y that copy
+    x[0], then those that copy x[1], and so on. Backward sums the gradients of each k of them.
     Autograd would scatter instead, which on a GPU adds in a random order."""
 
     @staticmethod
@@ -179,12 +179,12 @@ class MoE(nn.Module):
         share = count / (T * k)
         balance_loss = self.alpha * (E * share * probs.mean(dim=1)).sum(dim=1).mean()
 
-        # Each token makes k choices: choice c is of token c // k. A row for each, sorted by expert:
-        # row r is choice choice_of_row[r], and choice c is row row_of_choice[c].
+        # Each token makes k choices: choice c is of token c // k. Sorted by expert they make rows:
+        # row r holds choice choice_of_row[r], and choice c is in row row_of_choice[c].
         choice_of_row = top_e.flatten().argsort(stable=True)        # (BTk,)
         token_of_row = choice_of_row // k
         rows = torch.arange(len(choice_of_row), device=x.device)
-        row_of_choice = torch.empty_like(rows).scatter_(0, choice_of_row, rows)
+        row_of_choice = torch.empty_like(rows).scatter_(0, choice_of_row, rows)     # the inverse
         ends = count.sum(dim=0).cumsum(dim=0).to(torch.int32)       # (E,): where rows of e end
 
         # Autocast does not cover grouped_mm, so cast to the dtype that it gave the shared experts.
@@ -192,10 +192,10 @@ class MoE(nn.Module):
         gate_up_proj = self.experts.gate_up_proj.type_as(shared)
         down_proj = self.experts.down_proj.type_as(shared)
         x = x.type_as(shared).flatten(0, 1)                         # (BT, D)
-        tokens = Gather.apply(x, token_of_row, row_of_choice, k)    # (BTk, D)
+        tokens = Gather.apply(x, token_of_row, row_of_choice, k)    # (BTk, D), by expert
         gate, up = grouped_linear(tokens, gate_up_proj, ends).chunk(2, dim=-1)
         outputs = grouped_linear(F.silu(gate) * up, down_proj, ends)  # (BTk, D)
-        outputs = Gather.apply(outputs, row_of_choice, choice_of_row, 1)    # by token again
+        outputs = Gather.apply(outputs, row_of_choice, choice_of_row, 1)    # row c is of choice c
         weighted = outputs.view(B, T, k, D) * top_p[..., None]              # fp32, as top_p is
         return shared + weighted.sum(dim=2).type_as(shared), balance_loss
 
@@ -276,7 +276,7 @@ class Decoder(nn.Module):
         if rows is None:
             rows = max(LOGITS_AT_ONCE // self.config.vocab_size, 1)
         if torch.compiler.is_compiling():
-            rows = len(hidden)              # torch.compile would keep all chunks: no gain
+            rows = len(hidden)              # compiled, all chunks' logits would be kept: no gain
         loss, hit = [], []
         for h, t in zip(hidden.split(rows), target.flatten().split(rows)):
             # The logits are not kept: the backward pass computes them again.

@@ -14,7 +14,7 @@ The encoders: a context of T tokens becomes a memory of M vectors, as wide as th
 To add an encoder, write a class with the constructor (config, context_length, *, settings) and
 register it in ENCODERS under its --regime. config is a decoder.DecoderConfig. A setting's type is
 bool, int, float or str, or one of these | None. It becomes a flag of train.py, whose help is the
-line "name: help" of the docstring. config.json stores it, and it labels the row of the table. Where
+line "name: help" of the docstring. config.json stores it, and eval.py's table shows it. Where
 None stands for another value, set self.<name> to that value: config.json stores it instead.
 
 Three optional extras of an encoder: `prompt`, a text that the decoder reads after the memory;
@@ -68,8 +68,8 @@ class MeanPool(nn.Module):
     """memory_i = mean(embed(context[i * s : i * s + w])), then a mean of the tokens left over, then
     a separator: a learned vector that tells the decoder where vectors end and tokens begin.
 
-    Embeddings are wide, so few sets of w tokens have nearly the same mean: it can be undone.
-    It loses the order of its tokens, which the decoder guesses from what it knows of the language.
+    Embeddings are wide, so different sets of w tokens have clearly different means: a mean tells
+    the tokens, but not their order, which the decoder guesses from what it knows of the language.
 
     compression_window_size: tokens in a window, w
     compression_stride: tokens from one window to the next, s (default: the window)"""
@@ -154,7 +154,7 @@ class Conv1dResidual(nn.Module):
 @dataclass
 class VisionConfig:
     """Sizes of the vision encoder. The defaults are DeepSeek-OCR's SAM ViT-B and CLIP ViT-L."""
-    image_size: int = 1024                  # page side of SAM's position tables; others resize them
+    image_size: int = 1024                  # page side of SAM's tables; resized for other pages
     sam_width: int = 768
     sam_layers: int = 12
     sam_heads: int = 12
@@ -177,9 +177,9 @@ def resize_positions(table, size):
 
 def relative_positions(table, size):
     """The vector of each offset i - j, for i and j from 0 to size - 1: (size, size, d). The table
-    has a row for each offset in a grid, 2 grid - 1 rows. It is resized if grid is not size."""
+    has 2 g - 1 rows, one for each offset from 1 - g to g - 1. It is resized if g is not size."""
     if table.shape[0] != 2 * size - 1:
-        x = table.float().T[None]                                   # (1, d, 2 grid - 1)
+        x = table.float().T[None]                                   # (1, d, 2 g - 1)
         x = F.interpolate(x, 2 * size - 1, mode='linear')
         table = x[0].T.to(table.dtype)
     i = torch.arange(size, device=table.device)

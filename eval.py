@@ -113,7 +113,7 @@ def row_of(folder, args, device):
     run = config['run']
     T = run['context']
     image_size = getattr(model.encoder, 'image_size', None)
-    continuation = run.get('args', {}).get('continuation', T)       # save() alone stores no args
+    continuation = run.get('args', {}).get('continuation', T)       # no args: not by train.py
     source = args.data or run.get('data')
     if source is None:
         raise ValueError(f'{folder}: names no corpus; --data does')

@@ -98,9 +98,9 @@ PATTERNS = {
         rf'[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[[\p{{L}}\p{{M}}]--[{CJK}]]+',  # a space and a word
         rf' ?[[\p{{P}}\p{{S}}]--[{CJK}]]+[\r\n]*',                      # marks and symbols
         r'\s*[\r\n]+',                                                  # line ends
-        rf'\s+(?![^\s\p{{N}}{CJK}])',                                   # spaces, but not a word's
+        rf'\s+(?![^\s\p{{N}}{CJK}])',                                   # spaces; a word keeps one
         r'\s+',
-        # Controls, joiners and the like: tiktoken would drop what no alternative matches.
+        # Controls and the like, but the last before a word is the word's. tiktoken would drop them.
         rf'[^\s\p{{L}}\p{{M}}\p{{N}}\p{{P}}\p{{S}}{CJK}]+(?![[\p{{L}}\p{{M}}]--[{CJK}]])',
     ]),
     # Single digits, then GPT-2's words.
@@ -182,7 +182,7 @@ def load_tokenizer(path):
     special = {token['content']: token['id'] for token in spec['added_tokens']}
     vocab = {token: i for token, i in spec['model']['vocab'].items() if token not in special}
 
-    merges = spec['model']['merges']        # each is 'a b' or ['a', 'b']
+    merges = spec['model']['merges']        # each is 'a b' or ['a', 'b']; two may make one token
     made_by_merges = dict.fromkeys(''.join(merge).replace(' ', '') for merge in merges)
     longer_tokens = [token for token in sorted(vocab, key=vocab.get) if len(token) > 1]
     if list(made_by_merges) != longer_tokens:
@@ -236,13 +236,13 @@ def sizes_from(config):
             sizes.eos_token_id = value                      # ids, each of which ends a text
         elif value is not None:
             setattr(sizes, field.name, field.type(value))
-        elif field.name in language and 'token_id' in field.name:   # there, but null
+        elif field.name in language and 'token_id' in field.name:   # null: no default fits
             raise ValueError(f'{field.name} is null')
     if language.get('num_key_value_heads') is None:
         sizes.num_key_value_heads = sizes.num_attention_heads
     head_dim = sizes.hidden_size // sizes.num_attention_heads
-    is_even = head_dim % 2 == 0 and head_dim * sizes.num_attention_heads == sizes.hidden_size
-    if not is_even or sizes.num_attention_heads % sizes.num_key_value_heads:
+    fits = head_dim % 2 == 0 and head_dim * sizes.num_attention_heads == sizes.hidden_size
+    if not fits or sizes.num_attention_heads % sizes.num_key_value_heads:
         raise ValueError('the heads do not divide hidden_size evenly')
     if language.get('head_dim') not in (None, head_dim):
         raise ValueError(f'head_dim {language["head_dim"]} is not {head_dim}')
@@ -310,7 +310,7 @@ def part_of(name):
 def released_tensors(model, regime):
     """{released name: tensor} of an Autoencoder: views of its parameters, experts one by one."""
     tensors = {}
-    # named_parameters() lists a shared parameter once.
+    # A parameter that an added encoder uses twice is listed, and stored, once.
     for name, p in [*model.named_parameters(), *model.named_buffers()]:
         p = p.detach()
         part, rest = name.split('.', 1)
@@ -442,11 +442,11 @@ def load_run(folder, device='cpu', dtype=torch.float32):
     """load() with the choices that a run was made with. Raises ValueError or OSError."""
     run = read_json(fetch(folder, '*.json') / 'config.json').get('run')
     try:
-        choices = [run[name] for name in ('regime', 'context', 'objective', 'hybrid')]
+        choices = {name: run[name] for name in ('regime', 'context', 'objective', 'hybrid')}
         settings = {**run['settings']}
     except (TypeError, KeyError) as e:
         raise ValueError(f'{folder}: no run of train.py; a plain model goes to --model') from e
-    return load(folder, *choices, device, dtype, **settings)
+    return load(folder, device=device, dtype=dtype, **choices, **settings)
 
 # ---- saving
 

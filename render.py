@@ -50,7 +50,7 @@ def ink_width(font, line, pen, word, limit):
     within 2 pixels of the limit."""
     left, _ = extent(font, line.split(' ', 1)[0])
     _, right = extent(font, word)
-    ink = pen + right - left
+    ink = (pen + right) - left              # from the first word's left edge to the last's right
     # Kerning moves the pen by fractions of a pixel, which Pillow rounds. Where that may matter,
     # measure the line as a whole.
     if abs(ink - limit) < 2:
@@ -65,7 +65,7 @@ def wrap(text, font, width):
     for word in text.split():
         end = pen + advance(font, word)
         is_wider = end > width
-        # Ink ends near the pen, so only near the edge must it be measured.
+        # Ink ends within a letter of `end`: measure it only where `end` is near the edge.
         if abs(end - width) < font.size and line:
             is_wider = ink_width(font, line, pen, word, width) > width
         if line and is_wider:

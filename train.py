@@ -152,7 +152,7 @@ def parse_args(argv=None):
     parser.set_defaults(**inherited)
     args = parser.parse_args(argv)          # now the optimiser and the encoder are known
     if args.low_memory and not (args.resume or inherited.get('low_memory')):
-        parser.set_defaults(learning_rate=5e-3)                     # new to Adafactor: its own rate
+        parser.set_defaults(learning_rate=5e-3)                     # the rate so far was AdamW's
     if run.get('regime') == args.regime:
         parser.set_defaults(**run['settings'])
     args = parser.parse_args(argv)
@@ -231,7 +231,7 @@ def lock(folder):
     return file                             # closing it would end the lock
 
 def save_run(out, step, model, optimizer, config, source):
-    """Write the optimiser, then the weights: the save is valid once these are renamed."""
+    """Write the optimiser, then the weights: these make the save valid. source: as in save()."""
     path = out / f'optimizer-{step:08d}.pt'
     state = optimizer.state_dict()['state']
     write_atomic(path, lambda temporary: torch.save(state, temporary))
