@@ -103,6 +103,12 @@ def test_the_split_of_any_source(tmp_path, capsys):
         meta, train, val = segments(tmp_path / f'{name}.jsonl.out')
         assert (meta['documents'], meta['seen before'], len(train) + len(val)) == (300, 300, 2 * 300)
 
+def test_a_repeated_segment_may_lie_across_two():
+    train = np.arange(40, dtype=np.uint32).reshape(5, 8)
+    val = np.stack([train.ravel()[12:20], train[3], train[3] + 1000])
+    in_val, in_train = data.repeated(val, train)
+    assert in_val.tolist() == [True, True, False] and in_train.tolist() == [False, True, True, True, False]
+
 def test_the_default_corpus_validates_on_text_that_is_not_in_its_training(tmp_path, capsys):
     """Python's manual repeats itself: topics that lie inside another are dropped, and segments that stand in the training text."""
     topics = texts('pydoc')
