@@ -46,11 +46,12 @@ def fork(target, *args):
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(request, monkeypatch):
-    """All but test_cuda.py are about the CPU, also where there is a GPU."""
+    """All but test_cuda.py are about the CPU, also where there is a GPU; random weights are the same in each run."""
     if request.module.__name__ != 'test_cuda':
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
         monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
     monkeypatch.delenv('DEBUG', raising=False)
+    torch.manual_seed(0)                                     # no test passes or fails by chance
 
 @pytest.fixture(scope='session')
 def corpus(tmp_path_factory):
