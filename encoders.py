@@ -19,8 +19,8 @@ None stands for another value, set self.<name> to that value: config.json stores
 
 Three optional extras of an encoder: `prompt`, a text that the decoder reads after the memory;
 `loss`, a scalar that forward() sets and that is trained on and logged; and `start_from(decoder)`,
-called once if the encoder starts from random weights, which copies values of the decoder into the
-parameters that the constructor has made. Embeddings carry no positions: an encoder that attends
+which copies values of the decoder into parameters that the constructor has made, and is called once
+if the encoder starts from random weights. Embeddings carry no positions: an encoder that attends
 over them has to add its own.
 
 B batch, T context tokens, M memory vectors, D decoder width, L a length, S page side in pixels, C

@@ -332,7 +332,7 @@ def released_tensors(model, regime):
 
 def fill(model, regime, stored, source):
     """Copy the tensors of open_tensors() into a model. Those of another encoder are skipped. Raises
-    ValueError for a tensor that is missing, unexpected or of another shape."""
+    ValueError for a tensor that is missing, unexpected or of another shape or kind."""
     needed = released_tensors(model, regime)
     skipped = [name for name in stored if part_of(name) not in ('decoder', regime)]
     if skipped:

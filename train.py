@@ -189,7 +189,7 @@ def make_optimizer(model, encoder_lr, args):
         groups.append({'params': trained, 'peak_lr': peak})
     if args.low_memory:
         # torch's defaults suit fp32. In bf16 the default eps is larger than most squared gradients,
-        # and a slow average stops changing. The average here decays by 1 - t ** -0.5 at step t.
+        # and a slow average stops changing. Here it keeps 1 - t ** -0.5 of itself at step t.
         return torch.optim.Adafactor(groups, weight_decay=args.weight_decay, eps=(1e-15, 1e-3),
                                      beta2_decay=-0.5)
     return torch.optim.AdamW(groups, betas=(0.9, args.beta2), weight_decay=args.weight_decay,

@@ -38,12 +38,11 @@ FORMS = {
     'perceiver': ('perceiver, {} vectors', 'perceiver', '#6b46c1'),
     'llm_encoder': ('decoder layers as encoder, {} vectors', 'decoder layers as encoder', '#1a202c'),
 }
-# The titles of the picture say what was found, so they belong to one log.
+# The titles of the picture say what was found, so they belong to these logs.
+FOUND = ('Convolutions rebuild the text as well as vision', 'Truncation predicts what follows best')
 TITLES = {
-    'comparison_held_out': ('Convolutions rebuild the text as well as vision',
-                            'Truncation predicts what follows best'),
-    'comparison': ('Convolutions rebuild the text as well as vision',
-                   'Truncation predicts what follows best'),
+    'comparison': FOUND,
+    'comparison_held_out': FOUND,
 }
 GREY = '#555555'
 
