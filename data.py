@@ -116,28 +116,19 @@ def documents(source, field='text'):
 # ---- tokens
 
 def encode(tokenizer, text):
-    """Text to token ids (n,) uint32. A lone surrogate, which UTF-8 cannot hold, becomes '?'. Raises
-    ValueError for a byte that the tokenizer lacks."""
-    raw = text.encode('utf-8', errors='replace')
-    for byte in set(raw):
-        try:
-            tokenizer.encode_single_token(bytes([byte]))
-        except KeyError:                    # tiktoken itself would crash
-            raise ValueError(f'tokenizer {tokenizer.name} has no token for byte {byte}') from None
-    text = raw.decode('utf-8')
-    ids = [np.empty(0, np.uint32)]
-    # In pieces, since a million equal letters are too much for a tokenizer's stack.
+    """Text to token ids (n,) uint32. A lone surrogate, which UTF-8 cannot hold, becomes '?'."""
+    text = text.encode('utf-8', errors='replace').decode('utf-8')
+    ids = []
+    # In pieces, since the library keeps 200 bytes a token while it works.
     for start in range(0, len(text), 100_000):
         piece = text[start:start + 100_000]
-        ids.append(tokenizer.encode_to_numpy(piece, disallowed_special=()))
-    return np.concatenate(ids)
+        ids += tokenizer.encode(piece, add_special_tokens=False).ids
+    return np.array(ids, np.uint32)
 
 def fingerprint(tokenizer):
-    """Identifies a tokenizer: its name and a hash of its tokens and their ids."""
-    digest = hashlib.sha256()
-    for token in tokenizer.token_byte_values():
-        digest.update(f'{tokenizer.encode_single_token(token)} {token} '.encode())
-    return f'{tokenizer.name} {digest.hexdigest()[:16]}'
+    """Identifies a tokenizer: a hash of its tokens and their ids."""
+    vocab = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(vocab.encode()).hexdigest()[:16]
 
 # ---- a corpus
 
@@ -364,9 +355,9 @@ class Batches(Dataset):
             return batch
         pages, lost = [], []
         for row in batch['context'].tolist():
-            # The context may begin or end inside a character, which is left out.
-            text = self.tokenizer.decode(row, errors='ignore')
-            text = ' '.join(text.split())
+            text = self.tokenizer.decode(row)
+            # The context may begin or end inside a character. It is left out.
+            text = ' '.join(text.strip('\ufffd').split())
             page, _, _, missing = render_page(text, self.image_size, **self.page)
             pages.append(np.asarray(page))                                  # (S, S, 3)
             lost.append(missing / max(len(text), 1))

@@ -73,15 +73,12 @@ def evaluate(model, batches, device, workers=0, rank=0, world=1):
 
 def text_of(ids, tokenizer, eos=()):
     """Token ids as text, up to the first id in `eos`. Ids without a token are dropped."""
-    parts = []
+    kept = []
     for i in ids:
         if i in eos:
             break
-        try:
-            parts.append(tokenizer.decode_single_token_bytes(i))
-        except KeyError:                    # a model may have more embeddings than tokens
-            pass
-    return b''.join(parts).decode('utf-8', errors='replace')
+        kept.append(i)
+    return tokenizer.decode(kept)
 
 def passages(model, batch, tokenizer, device, length=None):
     """For each row of a batch, the target (its first `length` tokens) and what the model generates:

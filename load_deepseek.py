@@ -22,7 +22,6 @@ To write a run's weights in bf16, for whatever opens DeepSeek-OCR:
 """
 import argparse
 import copy
-import hashlib
 import json
 import os
 import re
@@ -35,8 +34,11 @@ from pathlib import Path
 
 import huggingface_hub
 import safetensors.torch
-import tiktoken
+import tokenizers
 import torch
+from tokenizers import decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from decoder import Autoencoder, Decoder, DecoderConfig
 from encoders import ENCODERS, VisionConfig, settings_of
@@ -82,29 +84,6 @@ SUPPORTED = {
     'scoring_func': ['softmax'],
     'norm_topk_prob': [False],
     'routed_scaling_factor': [1],
-}
-
-# A tokenizer.json cuts a text into words in several passes, its pre_tokenizer. We know two of them,
-# by the hash of their JSON: DeepSeek-V3's and SmolLM2's.
-PRE_TOKENIZERS = {'d8d32910cbb77e54': 'deepseek', '88e46f2b7ff38881': 'smollm2'}
-# tiktoken splits in one pass. So each alternative leaves out the characters that an earlier pass
-# would have split off. [a--b] is what is in a but not in b.
-CJK = r'\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff'                        # Chinese and kana
-PATTERNS = {
-    'deepseek': '|'.join([
-        r'\p{N}{1,3}',                                                  # up to three digits
-        rf'[{CJK}]+',
-        r'[!"#$%&\'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+',            # a mark and ASCII letters
-        rf'[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[[\p{{L}}\p{{M}}]--[{CJK}]]+',  # a space and a word
-        rf' ?[[\p{{P}}\p{{S}}]--[{CJK}]]+[\r\n]*',                      # marks and symbols
-        r'\s*[\r\n]+',                                                  # line ends
-        rf'\s+(?![^\s\p{{N}}{CJK}])',                                   # spaces; a word keeps one
-        r'\s+',
-        # Controls and the like, but the last before a word is the word's. tiktoken would drop them.
-        rf'[^\s\p{{L}}\p{{M}}\p{{N}}\p{{P}}\p{{S}}{CJK}]+(?![[\p{{L}}\p{{M}}]--[{CJK}]])',
-    ]),
-    # Single digits, then GPT-2's words.
-    'smollm2': r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
 }
 
 # ---- the command line
@@ -165,40 +144,6 @@ def fetch(source, pattern):
     except (ValueError, OSError) as e:
         raise ValueError(f'{source}: no such folder, and the hub says: {e}') from e
 
-def load_tokenizer(path):
-    """tokenizer.json of DeepSeek-OCR or SmolLM2 as a tiktoken.Encoding with the same ids. Raises
-    ValueError for any other kind.
-
-    tiktoken has no list of merges: it first makes the merge whose token has the lowest id.
-    data.encode() reads a special string in a text, like <image>, as plain text. Hugging Face's
-    reads a special token."""
-    spec = read_json(path)
-    passes = json.dumps(spec.get('pre_tokenizer'), sort_keys=True)
-    name = PRE_TOKENIZERS.get(hashlib.sha256(passes.encode()).hexdigest()[:16])
-    no_normalizer = spec.get('normalizer') in (None, {'type': 'Sequence', 'normalizers': []})
-    if name is None or not no_normalizer:
-        raise ValueError(f'{path}: its normalizer and pre_tokenizer are neither those of '
-                         'DeepSeek-V3 nor of SmolLM2')
-    special = {token['content']: token['id'] for token in spec['added_tokens']}
-    vocab = {token: i for token, i in spec['model']['vocab'].items() if token not in special}
-
-    merges = spec['model']['merges']        # each is 'a b' or ['a', 'b']; two may make one token
-    made_by_merges = dict.fromkeys(''.join(merge).replace(' ', '') for merge in merges)
-    longer_tokens = [token for token in sorted(vocab, key=vocab.get) if len(token) > 1]
-    if list(made_by_merges) != longer_tokens:
-        raise ValueError(f'{path}: the ids do not follow the order of the merges')
-
-    # Byte-level BPE writes a byte as a character: a printable one as itself, others from U+0100 on.
-    byte_of = {}
-    for byte in range(256):
-        if chr(byte).isprintable() and byte != ord(' '):
-            byte_of[chr(byte)] = byte
-    for i, byte in enumerate(sorted(set(range(256)) - set(byte_of.values()))):
-        byte_of[chr(256 + i)] = byte
-    ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items()}
-    return tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=ranks,
-                             special_tokens=special)
-
 def tokenizer_of(source):
     """The tokenizer of a preset or a checkpoint: its tokenizer.json or, if config.json says so,
     bytes, with ids 3 to 258 after BOS, EOS and PAD. Raises ValueError or OSError."""
@@ -207,13 +152,23 @@ def tokenizer_of(source):
         if read_json(folder / 'config.json').get('tokenizer') != 'bytes':
             path = folder / 'tokenizer.json'
             try:
-                return load_tokenizer(path)
-            except (KeyError, TypeError, AttributeError) as e:
-                raise ValueError(f'{path}: damaged ({e!r})') from e
-    ranks = {bytes([byte]): 3 + byte for byte in range(256)}
-    special = {'<bos>': 0, '<eos>': 1, '<pad>': 2}
-    return tiktoken.Encoding('bytes', pat_str='(?s:.)', mergeable_ranks=ranks,
-                             special_tokens=special)
+                return tokenizers.Tokenizer.from_file(str(path))
+            except Exception as e:          # the library raises nothing narrower
+                raise ValueError(f'{path}: {e}') from e
+    # Byte-level BPE writes a byte as a character: a printable one as itself, others from U+0100 on.
+    vocab = {'<bos>': 0, '<eos>': 1, '<pad>': 2}
+    printable = ByteLevel.alphabet()
+    next_other = 0x100
+    for byte in range(256):
+        character = chr(byte)
+        if character not in printable:
+            character = chr(next_other)
+            next_other += 1
+        vocab[character] = 3 + byte
+    tokenizer = tokenizers.Tokenizer(BPE(vocab, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 # ---- config.json
 
@@ -395,15 +350,16 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
     if regime == 'vision' and 'vision_config' in config and sizes.vision is None:
         raise ValueError(f'{source}: its vision encoder is not SAM and CLIP, as DeepSeek-OCR has')
     tokenizer = tokenizer_of(source)
-    if tokenizer.n_vocab > sizes.vocab_size:
-        raise ValueError(f'{source}: the tokenizer has ids up to {tokenizer.n_vocab - 1}, beyond '
-                         f'the vocab_size {sizes.vocab_size}')
+    largest_id = max(tokenizer.get_vocab().values())
+    if largest_id >= sizes.vocab_size:
+        raise ValueError(f'{source}: the tokenizer has ids up to {largest_id}, beyond the '
+                         f'vocab_size {sizes.vocab_size}')
 
     # the model
     with torch.device(device):
         encoder = ENCODERS[regime](sizes, context, **settings).to(dtype)
-    prompt = tokenizer.encode(getattr(encoder, 'prompt', ''), allowed_special='all')
-    model = Autoencoder(encoder, decoder, objective, prompt, hybrid)
+    prompt = tokenizer.encode(getattr(encoder, 'prompt', ''), add_special_tokens=False)
+    model = Autoencoder(encoder, decoder, objective, prompt.ids, hybrid)
 
     # the weights
     has_encoder = any(part_of(name) == regime for name in stored)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'examples')]
@@ -27,9 +28,18 @@ from load_deepseek import load_run, run_main                  # noqa: E402
 # Letters and digits in UTF-8. What begins with C2 or E2 is punctuation and symbols.
 WORD = re.compile(rb'(?:[0-9A-Za-z]|[\xc3-\xe1\xe3-\xf4][\x80-\xbf]+)+')
 
+# Byte-level BPE writes a byte as a character: a printable one as itself, the others from U+0100 on.
+ALPHABET = ByteLevel.alphabet()
+OTHERS = [byte for byte in range(256) if chr(byte) not in ALPHABET]
+BYTES = {character: ord(character) if ord(character) < 256 else OTHERS[ord(character) - 256] for character in ALPHABET}
+
+def token_bytes(token):
+    """The bytes of a token."""
+    return bytes(BYTES[character] for character in token)
+
 def words(tokenizer, ids):
     """The words among tokens, in order: [(word as bytes, its first token, the token after its last)]."""
-    pieces = [tokenizer.decode_single_token_bytes(i) for i in ids]
+    pieces = [token_bytes(tokenizer.id_to_token(i)) for i in ids]
     ends = np.cumsum([len(piece) for piece in pieces])        # in bytes, as a segment may begin inside a character
     return [(match[0], int(np.searchsorted(ends, match.start(), 'right')), int(np.searchsorted(ends, match.end())) + 1)
             for match in WORD.finditer(b''.join(pieces))]

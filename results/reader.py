@@ -50,7 +50,7 @@ CONFIG = {'tokenizer': 'bytes', 'language_config': dict(
         'sam_vit_b': {'width': 128, 'layers': 4, 'heads': 4, 'global_attn_indexes': [0, 1, 2, 3]},
         'clip-l-14-224': {'width': 256, 'layers': 2, 'heads': 4}}}}
 TOKENIZER, EOS, PAD = tokenizer_of('tiny'), 1, 2              # bytes
-PROMPT = TOKENIZER.encode('\nFree OCR.')
+PROMPT = TOKENIZER.encode('\nFree OCR.').ids
 SIDE, CELL_W, CELL_H = 256, 8, 16                             # pixels
 CLASSES = 96                                                  # of a cell: empty, printable ASCII, any other character
 LENGTHS = 16, 32, 64, 96, 128, 128, 136, 144                  # bytes in the texts of a batch, one of these
@@ -108,7 +108,7 @@ class Batches(torch.utils.data.Dataset):
             while len(rows) < self.batch_size // 2:
                 text = self.texts[rng.integers(len(self.texts))]
                 start = rng.integers(max(1, len(text) - 256))
-                rows.append(TOKENIZER.encode_ordinary(text[start:start + 256])[:256])
+                rows.append(TOKENIZER.encode(text[start:start + 256]).ids[:256])
             return {'context': padded(rows)}
         length = rng.choice(LENGTHS)
         while len(rows) < self.batch_size:     # of about one length, so that little is padding
@@ -119,7 +119,7 @@ class Batches(torch.utils.data.Dataset):
                 for letter, (row, column) in zip(text, places):
                     if letter != ' ':
                         cell[row, column] = ord(letter) - 32 if letter < '\x7f' else CLASSES - 1
-                rows.append(TOKENIZER.encode_ordinary(text) + [EOS])
+                rows.append(TOKENIZER.encode(text).ids + [EOS])
                 where.append([place for letter, place in zip(text, places) for _ in letter.encode()] + [places[-1]])
                 pages.append(page)
                 cells.append(cell)
@@ -265,7 +265,7 @@ def evaluate(args):
             errors, stopped, losses = 0, 0, {0: [], 1: []}
             for i in range(0, args.pages, 50):
                 text, page = zip(*rows[i:i + 50])
-                context = padded([TOKENIZER.encode_ordinary(t) + [EOS] for t in text])
+                context = padded([TOKENIZER.encode(t).ids + [EOS] for t in text])
                 image = torch.from_numpy(np.stack(page))[:, None].expand(-1, 3, -1, -1)
                 for shift in losses:           # 1: with another passage's page
                     loss = model({'context': context, 'image': image.roll(shift, 0)})[0]
@@ -278,7 +278,7 @@ def evaluate(args):
                      f'nats_other_page{name}': round(np.mean(losses[1]), 2)}
         print(json.dumps(line), flush=True)
     lm = Autoencoder(Text(model.decoder.config, 256, text_context_tokens=0), model.decoder)
-    rows = [TOKENIZER.encode_ordinary(text[:256])[:256] for text in texts if len(text) >= 256][:500]
+    rows = [TOKENIZER.encode(text[:256]).ids[:256] for text in texts if len(text) >= 256][:500]
     losses = [lm({'context': torch.tensor(rows[i:i + 50])})[0] for i in range(0, len(rows), 50)]
     print(json.dumps({'nats_lm': round(torch.cat(losses).mean().item(), 4)}))
 

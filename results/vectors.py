@@ -44,7 +44,7 @@ def effect(model, tokenizer, data, text, others=16):
     """-> nats (M, T): row j is how much worse the characters of the text are predicted without its vector j."""
     image_size = getattr(model.encoder, 'image_size', None)
     batch = Batches(data, 'val', 1 + others, tokenizer, image_size)[0]
-    batch['context'][0] = torch.tensor(tokenizer.encode_ordinary(text))
+    batch['context'][0] = torch.tensor(tokenizer.encode(text).ids)
     if image_size:
         page = np.array(render_page(text, image_size)[0])
         batch['image'][0] = torch.from_numpy(page).permute(2, 0, 1)

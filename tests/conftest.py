@@ -11,6 +11,9 @@ os.environ['OMP_NUM_THREADS'] = '1'                          # several threads c
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
@@ -24,13 +27,6 @@ from load_deepseek import released_tensors, run_main, tokenizer_of      # noqa: 
 tqdm.set_lock(threading.RLock())                             # its own is shared with forks, and a killed one would keep it for ever
 
 GOLDENS = Path(__file__).parent / 'goldens'
-# What tokenizer.json of DeepSeek-V3 and of DeepSeek-OCR says of how a text is cut.
-CUTS = ('\\p{N}{1,3}', '[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+',
-        '[!"#$%&\'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+'
-        '| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+')
-DEEPSEEK_PASSES = {'type': 'Sequence', 'pretokenizers': [
-    *({'type': 'Split', 'pattern': {'Regex': cut}, 'behavior': 'Isolated', 'invert': False} for cut in CUTS),
-    {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}]}
 WEIGHTS = ('model.', 'lm_head.', 'conv1d_residual_', 'meanpool_')
 
 def golden(name):
@@ -52,6 +48,14 @@ def on_the_cpu(request, monkeypatch):
         monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
     monkeypatch.delenv('DEBUG', raising=False)
     torch.manual_seed(0)                                     # no test passes or fails by chance
+
+def byte_tokenizer(id_of):
+    """Bytes as tokens, like the tiny models', with ids of a test's choice."""
+    vocab = tokenizer_of('tiny').get_vocab()
+    tokenizer = Tokenizer(BPE({c: id_of(i - 3) for c, i in vocab.items() if i > 2}, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 @pytest.fixture(scope='session')
 def corpus(tmp_path_factory):
@@ -105,11 +109,12 @@ def released(tmp_path, weights):
     folder = tmp_path / 'DeepSeek-OCR'
     folder.mkdir()
     (folder / 'config.json').write_text(json.dumps(config), encoding='utf-8')
-    letters = [chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
-    tokenizer = {'pre_tokenizer': DEEPSEEK_PASSES,
-                 'added_tokens': [{'content': '<bos>', 'id': 0}, {'content': '<eos>', 'id': 1}, {'content': '<pad>', 'id': 2}],
-                 'model': {'vocab': {c: 3 + i for i, c in enumerate(letters)}, 'merges': []}}
-    (folder / 'tokenizer.json').write_text(json.dumps(tokenizer), encoding='utf-8')
+    tokens = ['<bos>', '<eos>', '<pad>', *sorted(ByteLevel.alphabet())]
+    tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(tokens[:3])
+    tokenizer.save(str(folder / 'tokenizer.json'))
     tensors = {k: v.bfloat16().contiguous() for k, v in weights.items() if k.startswith(('model.', 'lm_head.'))}
     names = sorted(tensors)
     files = {'model-00001-of-000002.safetensors': names[::2], 'model-00002-of-000002.safetensors': names[1::2]}

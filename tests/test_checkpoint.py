@@ -31,7 +31,7 @@ def test_load_save_load_is_bit_exact(released, tmp_path, regime, dtype):
     model, _, config = load(str(released), regime, 1000, 'lm', 5, dtype=dtype)
     save(released_tensors(model, config['run']['regime']), config, tmp_path / 'run', 17, released)
     again, tokenizer, config_again = load_run(tmp_path / 'run', dtype=dtype)
-    assert tokenizer.name == 'deepseek' and again.objective == 'lm' and again.hybrid == 5
+    assert tokenizer.to_str() == tokenizer_of(str(released)).to_str() and again.objective == 'lm' and again.hybrid == 5
     assert config_again['run'] == config['run']
     for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert a.dtype == b.dtype == dtype and torch.equal(a, b), name
@@ -55,7 +55,7 @@ def test_export_is_the_released_checkpoint(released, tmp_path):
 def test_a_run_of_a_preset_finds_its_tokenizer(tmp_path):
     for name, config in PRESETS.items():
         (tmp_path / 'config.json').write_text(json.dumps(config), encoding='utf-8')
-        assert tokenizer_of(str(tmp_path)).n_vocab == tokenizer_of(name).n_vocab == 259
+        assert tokenizer_of(str(tmp_path)).to_str() == tokenizer_of(name).to_str()
 
 def test_full_size_names_and_shapes():
     """What save would write for the vision model at full size is what DeepSeek-OCR's checkpoint holds: 2710 names, 6.67 GB in bf16."""

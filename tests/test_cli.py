@@ -7,14 +7,13 @@ import sys
 import time
 
 import pytest
-import tiktoken
 import data
 import encoders
 import eval as evaluation
 import load_deepseek
 import render
 import train
-from conftest import ROOT, fork, said
+from conftest import ROOT, byte_tokenizer, fork, said
 from load_deepseek import load, released_tensors, save
 
 LONG = 'A line of text that is there to be cut into segments.\n' * 60
@@ -191,8 +190,7 @@ def test_a_source_has_a_corpus_for_its_files_as_they_are_now(here):
     stamp = (here / first / 'train.bin').stat().st_mtime_ns
     assert made('texts', 100, 20) == made('./texts', 100, 20) == made(first, 100, 20) == first
     assert (here / first / 'train.bin').stat().st_mtime_ns == stamp
-    ranks = {bytes([b]): 258 - b for b in range(256)}
-    turned = tiktoken.Encoding('bytes', pat_str='(?s:.)', mergeable_ranks=ranks, special_tokens={})
+    turned = byte_tokenizer(lambda byte: 258 - byte)
     others = {first, made('texts', 100, 30), made('texts/a.txt', 100, 20), made('texts', 100, 20, tokenizer=turned)}
     (here / 'texts' / 'a.txt').write_text(LONG + 'more', encoding='utf-8')
     assert len(others | {made('texts', 100, 20)}) == 5

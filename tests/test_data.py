@@ -8,17 +8,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tiktoken
 import torch
 import data
 import load_deepseek
-from conftest import fork
+from conftest import byte_tokenizer, fork
 from data import Batches, prepare
 from load_deepseek import tokenizer_of
 
 TOKENIZER = tokenizer_of('tiny')
+raw = lambda ids: (ids - 3).astype(np.uint8).tobytes()       # the text of its ids, in bytes
 # Bytes with ids that take more than 16 bits, as many of DeepSeek's do.
-LARGE = tiktoken.Encoding('large', pat_str='(?s:.)', mergeable_ranks={bytes([b]): 100_000 + b for b in range(256)}, special_tokens={})
+LARGE = byte_tokenizer(lambda byte: 100_000 + byte)
 TEXT = 'Each of these lines is as long as the one before it was, or so.\n'
 
 def segments(folder):
@@ -29,8 +29,8 @@ def segments(folder):
 def shares(folder):
     """Training and validation segments, and how many of the latter stand in the training text, at any place."""
     _, train, val = segments(folder)
-    text = TOKENIZER.decode_bytes(train.reshape(-1).tolist())
-    return len(train), len(val), sum(TOKENIZER.decode_bytes(row.tolist()) in text for row in val)
+    text = raw(train.reshape(-1))
+    return len(train), len(val), sum(raw(row) in text for row in val)
 
 def texts(source, field='text'):
     return [text for _, text in data.documents(str(source), field)]
@@ -249,7 +249,7 @@ def test_a_character_cut_at_the_edge_is_left_out_of_the_page(tmp_path):
     batch = Batches(tmp_path / 'out', 'train', 16, TOKENIZER, image_size=128)[0]
     cut = 0
     for i, ids in enumerate(batch['context'].tolist()):
-        raw = TOKENIZER.decode_bytes(ids)
-        cut += '\ufffd' in raw.decode('utf-8', errors='replace')
-        assert is_page_of(batch, i, raw.decode('utf-8', errors='ignore'))
+        found = raw(np.array(ids))
+        cut += '\ufffd' in found.decode('utf-8', errors='replace')
+        assert is_page_of(batch, i, found.decode('utf-8', errors='ignore'))
     assert cut > 4

@@ -152,7 +152,7 @@ def read_page(released, tmp_path, monkeypatch, ids=(5, 6, 1), *flags, mode=('--v
 @pytest.mark.parametrize('prompt', ['Free OCR.', '<image>\nFree OCR. ', '<image>Free OCR.', 'Free OCR.<image>'])
 def test_the_page_takes_the_place_of_the_image_tag(released, tmp_path, monkeypatch, prompt):
     seen = read_page(released, tmp_path, monkeypatch, (5, 6, 1), '--prompt', prompt)
-    assert seen['prompt'] == tokenizer_of(str(released)).encode_ordinary('\nFree OCR.')
+    assert seen['prompt'] == tokenizer_of(str(released)).encode('\nFree OCR.').ids
 
 def test_a_run_reads_pages_of_its_own_size_with_its_own_prompt(tmp_path, monkeypatch):
     model, _, config = load('tiny', 'vision', 32, vision_mode='128', vision_prompt='Read.')
@@ -160,11 +160,11 @@ def test_a_run_reads_pages_of_its_own_size_with_its_own_prompt(tmp_path, monkeyp
     save(released_tensors(model, 'vision'), config, run)
     for flags, side, prompt in (((), 128, 'Read.'), (('--vision_mode', '64', '--prompt', ''), 64, '')):
         seen = read_page(run, tmp_path, monkeypatch, (5, 6, 1), *flags, mode=())
-        assert seen['image'].shape == (1, 3, side, side) and seen['prompt'] == TOKENIZER.encode_ordinary(prompt)
+        assert seen['image'].shape == (1, 3, side, side) and seen['prompt'] == TOKENIZER.encode(prompt).ids
 
 def test_a_text_that_ends_at_max_new_tokens_says_so(released, tmp_path, monkeypatch, capsys):
     tokenizer = tokenizer_of(str(released))
-    ids = tokenizer.encode_ordinary('abcdef')
+    ids = tokenizer.encode('abcdef').ids
     assert read_page(released, tmp_path, monkeypatch, ids + [1])['tokens'] == 8192              # as the original does
     found = capsys.readouterr()
     assert found.out == 'abcdef\n' and found.err == ''
@@ -197,7 +197,7 @@ def test_reading_a_page(released, tmp_path, monkeypatch, mode, vectors):
     S = {'tiny': 512, 'small': 640, 'base': 1024, 'large': 1280}[mode]
     image = seen['batch']['image'][0].permute(1, 2, 0)
     assert image.shape == (S, S, 3) and seen['batch']['context'].shape == (1, 0)
-    assert seen['prompt'] == tokenizer_of(str(released)).encode_ordinary('\nFree OCR.') and seen['positions'] == 1 + vectors + len(seen['prompt'])
+    assert seen['prompt'] == tokenizer_of(str(released)).encode('\nFree OCR.').ids and seen['positions'] == 1 + vectors + len(seen['prompt'])
     assert image[S // 2, S // 2].tolist() == [255, 0, 0]
     assert image[2, S // 2].tolist() == ([255, 0, 0] if S <= 640 else [127, 127, 127])
 

@@ -36,7 +36,7 @@ def reader():
 
 def read(reader, image, prompt, n):
     model, tokenizer, _ = reader
-    model.prompt = tokenizer.encode_ordinary(prompt)
+    model.prompt = tokenizer.encode(prompt).ids
     batch = {'context': torch.empty(len(image), 0, dtype=torch.long), 'image': image}
     ids = model.generate(batch, n).tolist()
     assert all(1 in row for row in ids), 'it has to end with EOS'
@@ -68,7 +68,7 @@ def test_it_looks_at_the_page(reader):
     model, tokenizer, _ = reader
     model.prompt = []
     texts = [text[:32] for text in SENTENCES]
-    context = torch.tensor([tokenizer.encode_ordinary(text) for text in texts])
+    context = torch.tensor([tokenizer.encode(text).ids for text in texts])
     with torch.no_grad():
         own, other = (model({'context': context, 'image': pages(texts).roll(shift, 0)})[0].mean() for shift in (0, 1))
     assert own < 0.3 and other > own + 3, (own, other)

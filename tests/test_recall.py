@@ -11,7 +11,7 @@ import factual_recall                                         # noqa: E402
 
 def test_fact_tokens():
     tokenizer = tokenizer_of('tiny')
-    ids = lambda text: torch.tensor([tokenizer.encode_ordinary(text)])
+    ids = lambda text: torch.tensor([tokenizer.encode(text).ids])
     context = 'the key Ada is 1815, the word zeugma and the Turing of late'
     continuation = 'so Ada had 1815 the zeugma: Ada, 99 Turing key'
     batch = {'context': ids(context), 'continuation': ids(continuation)}
