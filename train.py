@@ -119,53 +119,52 @@ REPORTS = ('log_steps', 'eval_steps', 'eval_segments')              # a resumed 
 CHOICES = {'regime': ENCODERS, 'objective': OBJECTIVES, 'weights': ('fp32', 'bf16')}
 
 def flags():
-    """The command line: the flags, and all encoders' settings, of which two may share a name."""
+    """The command line: the flags, and all encoders' settings, of which two may share a name. Only
+    what is given is parsed: parse_args() knows the defaults."""
     parser = argparse.ArgumentParser(
         usage='python train.py [--flag value ...]', allow_abbrev=False, conflict_handler='resolve',
         epilog=f'With --model tiny, these replace the defaults above: {TINY}.')
-    add_flags(parser, Flags, CHOICES)
+    add_flags(parser, Flags, CHOICES, default=argparse.SUPPRESS)
     for name, encoder in ENCODERS.items():
         for setting in settings_of(encoder):
             if setting in settings_of(Flags):
                 raise ValueError(f'{name}: its setting {setting} has the name of a flag')
         group = parser.add_argument_group(f'--regime {name}')
-        add_flags(group, encoder, default=argparse.SUPPRESS)        # not in args unless given
+        add_flags(group, encoder, default=argparse.SUPPRESS)
     return parser
 
 def parse_args(argv=None):
-    """The command line as a namespace. Defaults in layers, the weakest first: Flags, TINY, the
-    flags of the run that it resumes or starts from, the rate of --low_memory, that run's encoder
-    settings. Raises ValueError or OSError."""
-    parser = flags()
-    args = parser.parse_args(argv)          # only to see the run that it names
-    source = args.resume or args.model
+    """The flags and settings of a run, as a namespace. Values come in layers, the weakest first:
+    Flags, TINY, the run that it resumes or starts from, the command line. Raises ValueError or
+    OSError."""
+    given = vars(flags().parse_args(argv))
+    resume = given.get('resume')
+    source = resume or given.get('model', Flags.model)
+    if resume and not Path(resume, 'model.safetensors').exists():
+        raise ValueError(f'--resume {resume}: no saved run there')
+    args = vars(Flags())
     run = {}
-    if args.resume and not Path(args.resume, 'model.safetensors').exists():
-        raise ValueError(f'--resume {args.resume}: no saved run there')
-    if source not in PRESETS:
+    if source == 'tiny':
+        args |= TINY
+    elif source not in PRESETS:
         run = read_json(fetch(source, '*.json') / 'config.json').get('run', {})
-    elif source == 'tiny':
-        parser.set_defaults(**TINY)
     inherited = run.get('args', {})
-    if args.resume and not inherited:
-        raise ValueError(f'--resume {args.resume}: a model, but no run of train.py')
-    parser.set_defaults(**inherited)
-    args = parser.parse_args(argv)          # now the optimiser and the encoder are known
-    if args.low_memory and not (args.resume or inherited.get('low_memory')):
-        parser.set_defaults(learning_rate=5e-3)                     # the rate so far was AdamW's
-    if run.get('regime') == args.regime:
-        parser.set_defaults(**run['settings'])
-    args = parser.parse_args(argv)
+    if resume and not inherited:
+        raise ValueError(f'--resume {resume}: a model, but no run of train.py')
+    args |= inherited
+    if given.get('low_memory') and not inherited.get('low_memory'):
+        args['learning_rate'] = 5e-3        # the rate so far was AdamW's
+    if given.get('regime', args['regime']) == run.get('regime'):
+        args |= run['settings']
 
-    if args.resume:
-        for name, was in {**run['args'], **run['settings']}.items():
-            value = getattr(args, name, None)
+    if resume:
+        stored = {**run['args'], **run['settings'], 'output_dir': resume}
+        for name, value in given.items():
+            was = stored.get(name, value)
             if name not in ('steps', *REPORTS) and value != was:
                 raise ValueError(f'--{name} {value}: the run to resume has {was}')
-        if args.output_dir not in (None, args.resume):
-            raise ValueError(f'--output_dir {args.output_dir}: the run to resume is in '
-                             f'{args.resume}')
-        args.output_dir = args.resume
+        args['output_dir'] = resume
+    args = argparse.Namespace(**{**args, **given})
     if args.output_dir is None:
         args.output_dir = f'out/{args.regime}'
         if args.objective != 'reconstruction':

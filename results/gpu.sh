@@ -96,11 +96,11 @@ fast() {
 import time, torch, torch._functorch.config
 from data import Batches
 from load_deepseek import load
-from train import flags, make_optimizer, train_step
+from train import make_optimizer, parse_args, train_step
 torch._functorch.config.backward_pass_autocast = 'off'       # as train.py sets it
 device = torch.device('$device')
 model, tokenizer, _ = load('$model', 'meanpool', $context, device=device)
-optimizer, batches = make_optimizer(model, 1e-4, flags().parse_args([])), Batches('$corpus', 'train', 8, tokenizer)
+optimizer, batches = make_optimizer(model, 1e-4, parse_args(['--model', 'full'])), Batches('$corpus', 'train', 8, tokenizer)
 forward = torch.compile(model, dynamic=False) if device.type == 'cuda' else model
 def step():
     start = time.time()

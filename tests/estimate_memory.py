@@ -77,9 +77,7 @@ def estimate(model, optimizer, batch, micro_batches=2, dtype=torch.bfloat16):
     return storages.peak
 
 def main():
-    parser = train.flags()
-    parser.set_defaults(model='full', context=1000, continuation=1000)
-    args = parser.parse_args()
+    args = train.parse_args(['--model', 'full', *sys.argv[1:]])
     settings = {name: x for name, x in vars(args).items() if name not in settings_of(train.Flags)}
     model, _, _ = load(args.model, args.regime, args.context, args.objective, args.hybrid_text_tokens, 'meta',
                        torch.bfloat16 if args.weights == 'bf16' else torch.float32, **settings)

@@ -34,7 +34,7 @@ def calls_of_two_steps(model, monkeypatch):
 
     ids = torch.randint(3, V, (2, B, T), generator=torch.Generator().manual_seed(0))
     batch = {'context': ids[0], 'continuation': ids[1], 'image': torch.stack([golden_image(128, k) for k in range(B)])}
-    optimizer = train.make_optimizer(model, 1e-3, train.flags().parse_args(['--learning_rate', '1e-3']))
+    optimizer = train.make_optimizer(model, 1e-3, train.parse_args(['--model', 'full', '--learning_rate', '1e-3']))
     backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
     monkeypatch.setattr(train, 'autocast', bf16)
     torch._dynamo.reset()

@@ -71,7 +71,7 @@ def test_no_step_reads_a_number_back(regime):
     model.decoder.token_losses = partial(model.decoder.token_losses, rows=100)
     with FakeTensorMode():
         hollow(model)
-        step_as_on_cuda(model, train.make_optimizer(model, 1e-4, train.flags().parse_args([])), hollow_batch(2, 128, 128, 64), micro_batches=2)
+        step_as_on_cuda(model, train.make_optimizer(model, 1e-4, train.parse_args(['--model', 'full'])), hollow_batch(2, 128, 128, 64), micro_batches=2)
 
 @pytest.mark.parametrize('micro_batches', [1, 2])
 def test_estimated_memory(micro_batches):

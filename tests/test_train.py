@@ -38,7 +38,7 @@ def test_trajectory(weights, loss_golden, name):
     rates = (1e-3, 1e-3) if 'meanpool' in name else (1e-4, 1e-3)
     for layer in model.decoder.layers[1:]:
         layer.mlp.alpha *= 2
-    args = train.flags().parse_args(['--learning_rate', str(rates[1])])                            # all else as by default
+    args = train.parse_args(['--model', 'full', '--learning_rate', str(rates[1])])                            # all else as by default
     optimizer = train.make_optimizer(model, rates[0], args)
     for step, expected in enumerate(case['steps']):
         batches = [{key: g[f'traj.{short}{2 * step + a}'].long() for key, short in (('context', 'ctx'), ('continuation', 'cont'))}
@@ -78,7 +78,7 @@ def test_the_step_is_no_longer_than_the_clipped_gradient(corpus):
     assert report['grad_norm'] > 0.1 and moved == pytest.approx(0.5 * 0.1 * 0.02, rel=1e-2)
 
 def test_the_defaults_are_those_of_the_paper():
-    args = train.flags().parse_args([])
+    args = train.parse_args(['--model', 'full'])
     paper = dict(batch_size=8, gradient_accumulation_steps=6, learning_rate=1e-4, weight_decay=0.01, beta2=0.999, warmup_ratio=0.1,
                  max_grad_norm=1.0, context=1000, continuation=1000, eval_steps=500)
     assert {name: getattr(args, name) for name in paper} == paper
