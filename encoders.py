@@ -14,8 +14,7 @@ The encoders: a context of T tokens becomes a memory of M vectors, as wide as th
 To add an encoder, write a class with the constructor (config, context_length, *, settings) and
 register it in ENCODERS under its --regime. config is a decoder.DecoderConfig. A setting's type is
 bool, int, float or str, or one of these | None. It becomes a flag of train.py, whose help is the
-line "name: help" of the docstring. config.json stores it, and eval.py's table shows it. Where
-None stands for another value, set self.<name> to that value: config.json stores it instead.
+line "name: help" of the docstring. config.json stores it, and eval.py's table shows it.
 
 Three optional extras of an encoder: `prompt`, a text that the decoder reads after the memory;
 `loss`, a scalar that forward() sets and that is trained on and logged; and `start_from(decoder)`,
@@ -43,18 +42,17 @@ class Text(nn.Module):
 
     def __init__(self, config, context_length, *, text_context_tokens: int | None = None):
         super().__init__()
-        N = text_context_tokens
-        if N is None:
-            N = context_length
-        if not 0 <= N <= context_length:
-            raise ValueError(f'text_context_tokens {N} is not between 0 and {context_length}, '
-                             'the context length')
-        self.text_context_tokens = N
+        self.n = text_context_tokens
+        if self.n is None:
+            self.n = context_length
+        if not 0 <= self.n <= context_length:
+            raise ValueError(f'text_context_tokens {self.n} is not between 0 and '
+                             f'{context_length}, the context length')
 
     def forward(self, batch, embed):
         context = batch['context']
         T = context.shape[1]
-        return embed(context[:, T - self.text_context_tokens:])     # (B, N, D)
+        return embed(context[:, T - self.n:])                       # (B, N, D)
 
 def learned(*shape):
     """Learned vectors (..., D), each of norm about 1."""
@@ -84,15 +82,13 @@ class MeanPool(nn.Module):
         if not 1 <= w <= context_length or s < 1:
             raise ValueError(f'compression_window_size {w} with compression_stride {s} does not '
                              f'fit a context of {context_length} tokens')
-        self.compression_window_size = w
-        # Not self.compression_stride: config.json would store it, and a run that starts from this
-        # one with another window would inherit this stride.
+        self.window = w
         self.stride = s
         self.separator = learned(config.hidden_size)
 
     def forward(self, batch, embed):
         x = embed(batch['context'])                                 # (B, T, D)
-        w, s = self.compression_window_size, self.stride
+        w, s = self.window, self.stride
         memory = x.unfold(1, w, s).mean(dim=-1)                     # unfold: (B, windows, D, w)
         end = (memory.shape[1] - 1) * s + w                         # where the last window ends
         if end < x.shape[1]:
@@ -138,7 +134,6 @@ class Conv1dResidual(nn.Module):
                              'halves the length')
         if conv_kernel % 2 == 0 or conv_kernel < 1:
             raise ValueError(f'conv_kernel {conv_kernel} is not an odd positive number')
-        self.compression_target = target
         self.pyramid = nn.Sequential()
         for _ in range(lengths.index(target)):
             self.pyramid.append(ResidualBlock(config.hidden_size, conv_kernel, conv_gain))
@@ -386,7 +381,6 @@ class Vision(nn.Module):
             raise ValueError(f'vision_mode {mode} is not one of {", ".join(VISION_MODES)} or a '
                              'multiple of 64 pixels')
         self.image_size = pixels
-        self.vision_mode = mode
         self.prompt = vision_prompt
         self.sam_model = SAM(v)
         self.vision_model = CLIP(v)

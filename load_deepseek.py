@@ -374,13 +374,6 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
         print(f'{source}: has no {regime} encoder, so it starts from random weights')
 
     # what save() stores of these choices
-    stored_settings = {}
-    for name, parameter in known.items():
-        value = settings.get(name, parameter.default)
-        in_use = getattr(encoder, name, None)
-        if value is None and isinstance(in_use, (int, float, str)):
-            value = in_use                  # the constructor has put it in the place of None
-        stored_settings[name] = value
     run = config.get('run', {})
     config['run'] = {
         **run,
@@ -388,7 +381,7 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
         'context': context,
         'objective': objective,
         'hybrid': hybrid,
-        'settings': stored_settings,
+        'settings': {name: settings.get(name, p.default) for name, p in known.items()},
         # False if it began at random, here or in the run that it comes from
         'pretrained_encoder': has_encoder and run.get('pretrained_encoder', True),
     }

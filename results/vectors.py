@@ -71,7 +71,7 @@ def title_of(model):
         return 'page'
     if hasattr(encoder, 'pyramid'):
         return 'convolutions'
-    return f'mean of {encoder.compression_window_size}'
+    return f'mean of {encoder.window}'
 
 
 def draw(maps, text, characters, square, path):

@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / 'results'), str(ROOT / 'examples')]
 
 from data import prepare                                      # noqa: E402
 from decoder import Autoencoder, Decoder, DecoderConfig      # noqa: E402

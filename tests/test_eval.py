@@ -13,9 +13,7 @@ import eval as evaluation
 from data import Batches, prepare
 from decoder import Autoencoder
 from load_deepseek import PRESETS, load, load_run, released_tensors, save, tokenizer_of
-
-sys.path.insert(0, str(ROOT / 'examples'))
-import plot_runs                                              # noqa: E402
+import plot_runs
 
 CPU, TOKENIZER = torch.device('cpu'), tokenizer_of('tiny')
 

@@ -9,7 +9,7 @@ import torch
 import train
 from conftest import fork, read_log
 from decoder import Autoencoder, Block
-from estimate_memory import estimate, hollow, hollow_batch, step_as_on_cuda
+from memory import estimate, hollow, hollow_batch, step_as_on_cuda
 from load_deepseek import load, load_run
 from safetensors import safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -12,9 +12,7 @@ from PIL import Image
 from conftest import ROOT, said
 from decoder import Autoencoder
 from load_deepseek import load, released_tensors, run_main, save, tokenizer_of
-
-sys.path.insert(0, str(ROOT / 'examples'))
-import read_page as example                                   # noqa: E402
+import read_page as example
 
 TOKENIZER = tokenizer_of('tiny')
 

@@ -14,11 +14,9 @@ from data import prepare
 from eval import text_of
 from load_deepseek import load, released_tensors, save
 from render import load_font, render_page, wrap
-
-sys.path[:0] = [str(ROOT / 'results'), str(ROOT / 'examples')]
-import read_page  # noqa: E402
-import reader as lesson  # noqa: E402
-from read_page import edit_distance  # noqa: E402
+import read_page
+import reader as lesson
+from read_page import edit_distance
 
 READER = str(ROOT / 'results' / 'reader')
 # None is from Wikipedia, which it was taught on.

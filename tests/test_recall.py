@@ -1,13 +1,10 @@
 """The measure of factual recall in results/."""
-import sys
 
 import torch
 from conftest import ROOT
 from data import prepare
 from load_deepseek import load, released_tensors, save, tokenizer_of
-
-sys.path.insert(0, str(ROOT / 'results'))
-import factual_recall                                         # noqa: E402
+import factual_recall
 
 def test_fact_tokens():
     tokenizer = tokenizer_of('tiny')

@@ -164,7 +164,7 @@ def test_stage_two_keeps_weights_and_settings(corpus, tmp_path):
     run(corpus, tmp_path / 'one', '--regime', 'meanpool', '--compression_window_size', '8', steps=2)
     run(corpus, tmp_path / 'two', '--model', str(tmp_path / 'one'), '--objective', 'lm', '--learning_rate', '0', '--steps', '1')
     one, two = load_run(tmp_path / 'one')[0], load_run(tmp_path / 'two')[0]
-    assert two.objective == 'lm' and two.encoder.compression_window_size == 8
+    assert two.objective == 'lm' and two.encoder.window == 8
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
 
 def test_learning_rates_and_freezing(corpus, tmp_path, capsys):

@@ -1,8 +1,8 @@
 """
 Peak memory of a training step, without the card: the step runs on tensors that have a shape and no content.
 
-    python tests/estimate_memory.py --regime meanpool                          # flags of train.py; the full-size model
-    python tests/estimate_memory.py --batch_size 1 --weights bf16 --low_memory
+    python results/memory.py --regime meanpool                          # flags of train.py; the full-size model
+    python results/memory.py --batch_size 1 --weights bf16 --low_memory
 
 All that torch allocates is counted as long as it lives: weights, gradients, optimiser, activations, bf16 copies. On top come what a
 kernel takes for itself, and the CUDA context (about half a GiB). With torch.compile the amounts differ, and they are not known here.
