@@ -69,7 +69,7 @@ class Flags:
     weights: dtype of the trained weights, fp32 or bf16; the authors use bf16
     seed: of random weights and of the order of the data
     device: cpu, cuda, mps; auto is cuda if there is one
-    compile: torch.compile (default: on CUDA)
+    compile: use torch.compile on CUDA; --no-compile does not
     workers: processes that prepare batches (default: CPU 0, vision 2; CUDA 2, vision 6)
     log_steps: steps between lines of the log
     eval_steps: steps between validations, each with a save; 0 is never
@@ -97,7 +97,7 @@ class Flags:
     weights: str = 'fp32'
     seed: int = 0
     device: str = 'auto'
-    compile: bool = None
+    compile: bool = True
     workers: int = None
     log_steps: positive = 10
     eval_steps: int = 500
@@ -232,7 +232,7 @@ def lock(folder):
 def save_run(out, step, model, optimizer, config, source):
     """Write the optimiser, then the weights: these make the save valid. source: as in save()."""
     path = out / f'optimizer-{step:08d}.pt'
-    state = optimizer.state_dict()['state']
+    state = optimizer.state_dict()
     write_atomic(path, lambda temporary: torch.save(state, temporary))
     save(released_tensors(model, config['run']['regime']), config, out, step, source)
     for old in out.glob('optimizer-*.pt'):
@@ -244,9 +244,7 @@ def restore(out, optimizer):
     step = int(safe_open(out / 'model.safetensors', 'pt').metadata()['step'])
     path = out / f'optimizer-{step:08d}.pt'
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-        groups = optimizer.state_dict()['param_groups']
-        optimizer.load_state_dict({'state': state, 'param_groups': groups})
+        optimizer.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
     except Exception as e:                  # whatever unpickling a damaged file may raise
         raise ValueError(f'{path}: missing or damaged') from e
     return step
@@ -270,9 +268,6 @@ def main(argv=None):
     if not args.resume and (out / 'model.safetensors').exists():
         raise ValueError(f'{out}: holds a run; --resume {out} continues it, and --output_dir '
                          'names another folder')
-    compiled = on_cuda if args.compile is None else args.compile
-    if compiled and not on_cuda:
-        raise ValueError('--compile: only on CUDA')
     if on_cuda:
         torch.cuda.set_device(device)
     if world > 1:
@@ -348,7 +343,7 @@ def main(argv=None):
     # training: batch n is a function of seed and n, so a run resumes from the number of its step
     batches = iter(train.loader(range(start * G + rank, steps * G, world), workers))
     forward = model
-    if compiled:
+    if on_cuda and args.compile:
         # Otherwise the router's backward pass is traced under autocast, in bf16 (pytorch 179804).
         torch._functorch.config.backward_pass_autocast = 'off'
         forward = torch.compile(model, dynamic=False)

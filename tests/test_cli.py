@@ -59,7 +59,6 @@ def refused(capsys, main, command, message):
     ('--beta2 2', 'beta'),
     ('--device tpu', '--device tpu'),
     ('--device xpu', '--device xpu'),                        # not cuda, which the machine may have
-    ('--compile', '--compile: only on CUDA'),
     ('--output_dir texts/a.txt/run', 'texts/a.txt/run'),
     ('--output_dir texts/a.txt', 'texts/a.txt'),
     ('--data nowhere.txt', 'nowhere.txt: does not exist; --data'),
