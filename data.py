@@ -119,7 +119,7 @@ def encode(tokenizer, text):
     """Text to token ids (n,) uint32. A lone surrogate, which UTF-8 cannot hold, becomes '?'."""
     text = text.encode('utf-8', errors='replace').decode('utf-8')
     ids = []
-    # In pieces, since the library keeps 200 bytes a token while it works.
+    # In pieces, since the library takes 700 bytes a token while it works.
     for start in range(0, len(text), 100_000):
         piece = text[start:start + 100_000]
         ids += tokenizer.encode(piece, add_special_tokens=False).ids
