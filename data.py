@@ -8,12 +8,13 @@ Documents to token segments on disk, once; segments to batches, as they are need
     DIR/meta.json              the tokenizer, the lengths, and counts of what is in it
 
 About a tenth of the segments is for validation. All segments of a document are on the same side,
-unless it is more than a tenth of the corpus, and texts that come twice count once. Pages are drawn
+unless it is more than a tenth of the corpus. A text that comes again is dropped. Pages are drawn
 when a batch is made: 510,000 segments of 2,000 tokens take 4.1 GB on disk, their pages 828 GB.
 """
 import argparse
 import hashlib
 import json
+import math
 import platform
 import tempfile
 from dataclasses import dataclass
@@ -116,19 +117,19 @@ def documents(source, field='text'):
 # ---- tokens
 
 def encode(tokenizer, text):
-    """Text to token ids (n,) uint32. A lone surrogate, which UTF-8 cannot hold, becomes '?'."""
+    """Text to token ids (n,) uint32. A special token's name in the text, like <image>, becomes that
+    token. A lone surrogate, which UTF-8 cannot hold, becomes '?'."""
     text = text.encode('utf-8', errors='replace').decode('utf-8')
     ids = []
-    # In pieces, since the library takes 700 bytes a token while it works.
+    # In pieces, since the library takes 700 bytes a token while it works. A word may be cut.
     for start in range(0, len(text), 100_000):
         piece = text[start:start + 100_000]
         ids += tokenizer.encode(piece, add_special_tokens=False).ids
     return np.array(ids, np.uint32)
 
 def fingerprint(tokenizer):
-    """Identifies a tokenizer: a hash of its tokens and their ids."""
-    vocab = json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(vocab.encode()).hexdigest()[:16]
+    """Identifies a tokenizer: a hash of all that tokenizer.json says."""
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
 
 # ---- a corpus
 
@@ -136,14 +137,13 @@ def split(sizes, train_limit, val_limit, share):
     """Assign documents to training and validation. sizes: how many segments each document has.
     Returns [(side, first segment, how many)]. A document goes to validation whenever that side has
     less than its share of what has been assigned."""
-    total = sum(sizes)
+    book = sum(sizes) // 10                 # longer ones are cut into pieces, for both sides
+    piece = max(sum(sizes) // 40, 1)
     counts = {'train': 0, 'val': 0}
     pieces = []
     first = 0
     for size in sizes:
-        step = max(size, 1)                 # segments to assign at once; range() takes no step of 0
-        if size > total // 10:              # a book: cut into pieces, which may go to both sides
-            step = max(total // 40, 1)
+        step = piece if size > book else max(size, 1)               # range() takes no step of 0
         for start in range(0, size, step):
             side = 'train'
             wanted = min(val_limit, share * (counts['train'] + counts['val']))
@@ -173,7 +173,8 @@ def repeated(val, train):
             segment = train_bytes[i:i + size]
             if segment in wanted:
                 found.add(segment)
-                in_train[[i // size, (i + size - 1) // size]] = True    # rows of its two ends
+                in_train[i // size] = True  # the row where it begins, and that where it ends
+                in_train[(i + size - 1) // size] = True
     in_val = np.array([segment in found for segment in segments])
     return in_val, in_train
 
@@ -187,7 +188,7 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
     val_limit = val_segments or np.inf
     share = 0.1
     if train_segments is not None:
-        val_limit = val_segments or -(-train_segments // 9)         # a tenth of the two together
+        val_limit = val_segments or math.ceil(train_segments / 9)   # a tenth of the two together
         share = val_limit / (train_limit + val_limit)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'{out.name}.tmp', dir=out.parent) as temporary:
@@ -231,19 +232,21 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
         train = segments[rows['train']]
         val = segments[rows['val']]
         # Validation drops what is on both sides. If that is most of it, training drops it instead,
-        # where 4 * len(val) segments are left. If it is all of validation, both keep it.
+        # unless too little of it would be left. If it is all of validation, both keep it.
         in_val, in_train = repeated(val, train)
-        if 2 * in_val.sum() > len(val) and 4 * len(val) <= (~in_train).sum():
+        most_of_val = in_val.sum() > len(val) / 2
+        enough_left = (~in_train).sum() >= 4 * len(val)
+        if most_of_val and enough_left:
             train = train[~in_train]
             fate = f'{in_train.sum():,} of training that overlap them are left out'
         elif not in_val.all():
             val = val[~in_val]
             fate = 'left out'
         else:
-            fate = 'kept, as all do'
+            fate = 'kept, as there are no others'
         train.tofile(folder / 'train.bin')
         val.tofile(folder / 'val.bin')
-        meta = wanted_of(tokenizer, context, continuation)
+        meta = identity_of(tokenizer, context, continuation)
         meta |= {'source': source, 'train': len(train), 'val': len(val), **counts}
         (folder / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
         try:
@@ -255,8 +258,8 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
     if in_val.any():
         print(f'{in_val.sum():,} validation segments stand in the training text: {fate}')
 
-def wanted_of(tokenizer, context, continuation):
-    """What meta.json says of a corpus for this tokenizer and these lengths."""
+def identity_of(tokenizer, context, continuation):
+    """What makes a corpus fit: meta.json has to say the same of the tokenizer and the lengths."""
     return {
         'format': FORMAT,
         'tokenizer': fingerprint(tokenizer),
@@ -276,7 +279,7 @@ def open_corpus(source, tokenizer, context, continuation):
     """The folder and the meta.json of a corpus. `source` is a corpus that data.py made, or a source
     of text, whose corpus is under corpora/ and is made if it is not there. Raises ValueError or
     OSError."""
-    wanted = wanted_of(tokenizer, context, continuation)
+    wanted = identity_of(tokenizer, context, continuation)
     folder = Path(source)
     meta_path = folder / 'meta.json'
     is_corpus = meta_path.exists() and 'format' in read_json(meta_path)
@@ -332,7 +335,7 @@ class Batches(Dataset):
             self.n = min(limit, self.n)
 
     def __len__(self):
-        return -(-self.n // self.batch_size)
+        return math.ceil(self.n / self.batch_size)
 
     def rows(self, i):
         """The numbers of the segments of batch i."""
@@ -355,8 +358,8 @@ class Batches(Dataset):
             return batch
         pages, lost = [], []
         for row in batch['context'].tolist():
-            text = self.tokenizer.decode(row)
-            # The context may begin or end inside a character. It is left out.
+            text = self.tokenizer.decode(row, skip_special_tokens=False)
+            # The context may begin or end inside a character, of which the rest is left out.
             text = ' '.join(text.strip('\ufffd').split())
             page, _, _, missing = render_page(text, self.image_size, **self.page)
             pages.append(np.asarray(page))                                  # (S, S, 3)

@@ -95,8 +95,8 @@ class Attention(nn.Module):
                 k = torch.cat([past_k, k], dim=2)
                 v = torch.cat([past_v, v], dim=2)
             cache[self.layer] = k, v
-        # T > 1: there is no past, and the mask is causal. T = 1: one new token sees everything.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
+        is_causal = T > 1                     # T = 1: a single new token sees the whole past
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, D))
 
 class MLP(nn.Module):
@@ -134,7 +134,8 @@ def grouped_linear(x, weight, ends):
     e end before ends[e]."""
     # F.grouped_mm needs no host-device sync. It takes bf16, and on a CPU fp32. A row of `in` or
     # `out` numbers has to be a multiple of 16 bytes.
-    is_aligned = all(width * x.element_size() % 16 == 0 for width in weight.shape[1:])
+    _, n_out, n_in = weight.shape
+    is_aligned = n_out * x.element_size() % 16 == 0 and n_in * x.element_size() % 16 == 0
     if is_aligned and (x.dtype == torch.bfloat16 or x.device.type == 'cpu'):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     parts = x.tensor_split(ends.tolist()[:-1])
@@ -177,7 +178,8 @@ class MoE(nn.Module):
         chosen = torch.zeros_like(probs).scatter(2, top_e, 1.0)     # (B, T, E), 1 for k experts
         count = chosen.sum(dim=1)                                   # (B, E)
         share = count / (T * k)
-        balance_loss = self.alpha * (E * share * probs.mean(dim=1)).sum(dim=1).mean()
+        sequence_loss = E * (share * probs.mean(dim=1)).sum(dim=1)  # (B,)
+        balance_loss = self.alpha * sequence_loss.mean()
 
         # Each token makes k choices: choice c is of token c // k. Sorted by expert they make rows:
         # row r holds choice choice_of_row[r], and choice c is in row row_of_choice[c].
@@ -187,7 +189,7 @@ class MoE(nn.Module):
         row_of_choice = torch.empty_like(rows).scatter_(0, choice_of_row, rows)     # the inverse
         ends = count.sum(dim=0).cumsum(dim=0).to(torch.int32)       # (E,): where rows of e end
 
-        # Autocast does not cover grouped_mm, so cast to the dtype that it gave the shared experts.
+        # Autocast ignores grouped_mm: cast by hand to the dtype that it gave the shared experts.
         shared = self.shared_experts(x)
         gate_up_proj = self.experts.gate_up_proj.type_as(shared)
         down_proj = self.experts.down_proj.type_as(shared)
@@ -195,7 +197,7 @@ class MoE(nn.Module):
         tokens = Gather.apply(x, token_of_row, row_of_choice, k)    # (BTk, D), by expert
         gate, up = grouped_linear(tokens, gate_up_proj, ends).chunk(2, dim=-1)
         outputs = grouped_linear(F.silu(gate) * up, down_proj, ends)  # (BTk, D)
-        outputs = Gather.apply(outputs, row_of_choice, choice_of_row, 1)    # row c is of choice c
+        outputs = Gather.apply(outputs, row_of_choice, choice_of_row, 1)    # by token again
         weighted = outputs.view(B, T, k, D) * top_p[..., None]              # fp32, as top_p is
         return shared + weighted.sum(dim=2).type_as(shared), balance_loss
 
@@ -276,7 +278,7 @@ class Decoder(nn.Module):
         if rows is None:
             rows = max(LOGITS_AT_ONCE // self.config.vocab_size, 1)
         if torch.compiler.is_compiling():
-            rows = len(hidden)              # compiled, all chunks' logits would be kept: no gain
+            rows = len(hidden)              # compiled, chunks save nothing: all logits are kept
         loss, hit = [], []
         for h, t in zip(hidden.split(rows), target.flatten().split(rows)):
             # The logits are not kept: the backward pass computes them again.
@@ -326,8 +328,8 @@ class Autoencoder(nn.Module):
         the memory."""
         target = batch[OBJECTIVES[self.objective]]
         hidden, balance_loss = self.decoder(self.sequence(batch, target))
-        first = hidden.shape[1] - target.shape[1] - 1       # position i predicts token i + 1
-        losses, hits = self.decoder.token_losses(hidden[:, first:-1], target)
+        before = hidden.shape[1] - target.shape[1] - 1      # this position predicts target[:, 0]
+        losses, hits = self.decoder.token_losses(hidden[:, before:-1], target)
         extra = {'balance_loss': balance_loss}
         if hasattr(self.encoder, 'loss'):
             extra['encoder_loss'] = torch.as_tensor(self.encoder.loss, device=losses.device)
@@ -338,7 +340,8 @@ class Autoencoder(nn.Module):
         """Continue each row greedily -> token ids (B, at most max_new_tokens). A row that has
         reached EOS repeats it, and generation ends when all rows have."""
         x = self.sequence(batch)
-        eos = torch.tensor(self.decoder.config.eos_token_id, device=x.device).view(-1)
+        eos = torch.tensor(self.decoder.config.eos_token_id, device=x.device)
+        eos = eos.view(-1)                  # one id or several
         done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         tokens, cache = [], {}
         while len(tokens) < max_new_tokens and not done.all():

@@ -16,11 +16,14 @@ register it in ENCODERS under its --regime. config is a decoder.DecoderConfig. A
 bool, int, float or str, or one of these | None. It becomes a flag of train.py, whose help is the
 line "name: help" of the docstring. config.json stores it, and eval.py's table shows it.
 
-Three optional extras of an encoder: `prompt`, a text that the decoder reads after the memory;
-`loss`, a scalar that forward() sets and that is trained on and logged; and `start_from(decoder)`,
-which copies values of the decoder into parameters that the constructor has made, and is called once
-if the encoder starts from random weights. Embeddings carry no positions: an encoder that attends
-over them has to add its own.
+Three optional extras of an encoder:
+
+    prompt                a text that the decoder reads after the memory
+    loss                  a scalar that forward() sets; it is trained on, and logged
+    start_from(decoder)   called once, if the encoder starts from random weights, to copy what it
+                          wants of the decoder into parameters that the constructor has made
+
+Embeddings carry no positions: an encoder that attends over them has to add its own.
 
 B batch, T context tokens, M memory vectors, D decoder width, L a length, S page side in pixels, C
 channels, H W height and width in patches, h vectors a side, n heads, d head width. References:
@@ -60,14 +63,15 @@ def learned(*shape):
 
 def append(memory, vector):
     """memory (B, M, D) and vector (D,) or (B, 1, D) -> (B, M + 1, D)"""
-    return torch.cat([memory, vector.expand(len(memory), 1, -1)], dim=1)
+    vector = vector.expand(len(memory), 1, -1)                      # (D,) is repeated for each row
+    return torch.cat([memory, vector], dim=1)
 
 class MeanPool(nn.Module):
     """memory_i = mean(embed(context[i * s : i * s + w])), then a mean of the tokens left over, then
     a separator: a learned vector that tells the decoder where vectors end and tokens begin.
 
-    Embeddings are wide, so different sets of w tokens have clearly different means: a mean tells
-    the tokens, but not their order, which the decoder guesses from what it knows of the language.
+    Embeddings are wide, so different sets of w tokens have clearly different means: the tokens can
+    be recovered from a mean, but not their order. The decoder guesses that.
 
     compression_window_size: tokens in a window, w
     compression_stride: tokens from one window to the next, s (default: the window)"""
@@ -89,7 +93,8 @@ class MeanPool(nn.Module):
     def forward(self, batch, embed):
         x = embed(batch['context'])                                 # (B, T, D)
         w, s = self.window, self.stride
-        memory = x.unfold(1, w, s).mean(dim=-1)                     # unfold: (B, windows, D, w)
+        windows = x.unfold(1, w, s)                                 # (B, windows, D, w)
+        memory = windows.mean(dim=-1)                               # (B, windows, D)
         end = (memory.shape[1] - 1) * s + w                         # where the last window ends
         if end < x.shape[1]:
             memory = append(memory, x[:, end:].mean(dim=1, keepdim=True))
@@ -128,7 +133,8 @@ class Conv1dResidual(nn.Module):
             lengths.append((lengths[-1] + 1) // 2)
         target = compression_target
         if target is None:
-            target = lengths[:3][-1]                  # after two blocks, or as many as there are
+            two_blocks = min(2, len(lengths) - 1)     # a context of one token takes none
+            target = lengths[two_blocks]
         if target not in lengths:
             raise ValueError(f'compression_target {target} is not one of {lengths}: each block '
                              'halves the length')
@@ -178,10 +184,11 @@ def relative_positions(table, size):
         x = F.interpolate(x, 2 * size - 1, mode='linear')
         table = x[0].T.to(table.dtype)
     i = torch.arange(size, device=table.device)
-    return table[i[:, None] - i[None, :] + size - 1]
+    offset = i[:, None] - i[None, :]
+    return table[offset + size - 1]
 
 class SAMAttention(nn.Module):
-    """softmax(q k / sqrt(d) + q R_h + q R_w) v: attention with relative positions in 2D.
+    """Attention with relative positions in two dimensions.
 
     The query at row i, column j scores the key at row r, column c with
 
@@ -210,7 +217,7 @@ class SAMAttention(nn.Module):
         R_w = relative_positions(self.rel_pos_w, W).type_as(q)      # (W, W, d)
         bias_h = torch.einsum('bnijd,ird->bnijr', q, R_h)           # (B, n, H, W, H)
         bias_w = torch.einsum('bnijd,jcd->bnijc', q, R_w)           # (B, n, H, W, W)
-        # row[..., r, c, :] is one-hot at r, and column[..., r, c, :] at c
+        # The key at (r, c) has row[..., r, c, :], one-hot at r, and column[..., r, c, :], at c.
         row = torch.eye(H, device=x.device, dtype=q.dtype)[:, None].expand(B, n, H, W, H)
         column = torch.eye(W, device=x.device, dtype=q.dtype).expand(B, n, H, W, W)
 
@@ -233,7 +240,7 @@ class SAMBlock(nn.Module):
         super().__init__()
         self.window = window
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = SAMAttention(dim, n_head, window or grid)
+        self.attn = SAMAttention(dim, n_head, grid if window is None else window)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         # A ModuleDict only gives the parameters their released names: mlp.lin1, mlp.lin2.
         self.mlp = nn.ModuleDict({
@@ -248,8 +255,9 @@ class SAMBlock(nn.Module):
         B, H, W, C = x.shape
         w = self.window
         m = math.ceil(H / w)                  # windows a side; pages are square
-        # Zeros fill the last windows. They are not masked, as in DeepSeek-OCR's training.
-        x = F.pad(x, (0, 0, 0, m * w - W, 0, m * w - H))            # (B, mw, mw, C)
+        # Zeros fill the last windows, and patches attend to them: DeepSeek-OCR was trained so.
+        right, below = m * w - W, m * w - H
+        x = F.pad(x, (0, 0, 0, right, 0, below))                    # (B, mw, mw, C)
         x = x.view(B, m, w, m, w, C).transpose(2, 3)                # (B, m, m, w, w, C)
         x = self.attn(x.reshape(B * m * m, w, w, C))
         x = x.view(B, m, m, w, w, C).transpose(2, 3)                # (B, m, w, m, w, C)
@@ -409,5 +417,6 @@ ENCODERS = {
 
 def settings_of(cls):
     """The keyword-only parameters of a class's constructor: {name: inspect.Parameter}."""
+    # eval_str: an annotation is a type, also where a file has "from __future__ import annotations"
     parameters = inspect.signature(cls, eval_str=True).parameters
     return {name: p for name, p in parameters.items() if p.kind == p.KEYWORD_ONLY}

@@ -78,7 +78,7 @@ def text_of(ids, tokenizer, eos=()):
         if i in eos:
             break
         kept.append(i)
-    return tokenizer.decode(kept)
+    return tokenizer.decode(kept, skip_special_tokens=False)
 
 def passages(model, batch, tokenizer, device, length=None):
     """For each row of a batch, the target (its first `length` tokens) and what the model generates:
@@ -110,7 +110,7 @@ def row_of(folder, args, device):
     run = config['run']
     T = run['context']
     image_size = getattr(model.encoder, 'image_size', None)
-    continuation = run.get('args', {}).get('continuation', T)       # no args: not by train.py
+    continuation = run.get('args', {}).get('continuation', T)       # other code saves no args
     source = args.data or run.get('data')
     if source is None:
         raise ValueError(f'{folder}: names no corpus; --data does')
@@ -132,8 +132,10 @@ def row_of(folder, args, device):
         texts += passages(model, chosen[i], tokenizer, device)
     with torch.no_grad(), autocast(device):
         positions = model.sequence(to_device(val[0], device)).shape[1]
-    labels = {**run['settings'], 'hybrid': run['hybrid'] or None, **page}   # no hybrid, no label
-    labels = [f'{name} {value}' for name, value in labels.items() if value not in (None, '')]
+    shown = {**run['settings'], **page}
+    if run['hybrid'] > 0:
+        shown['hybrid'] = run['hybrid']
+    labels = [f'{name} {value}' for name, value in shown.items() if value not in (None, '')]
     row = {
         'run': folder,
         'regime': run['regime'],
@@ -176,7 +178,7 @@ def main(argv=None):
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a run')
     add_flags(parser, Flags)
     args = parser.parse_args(argv)
-    for folder in args.runs:                # a misspelt one is told before any is evaluated
+    for folder in args.runs:                # before any is evaluated
         if not Path(folder, 'model.safetensors').exists():
             raise ValueError(f'{folder}: no run with a save there')
     device = pick_device(args.device)
@@ -186,7 +188,7 @@ def main(argv=None):
         rows.append(row)
         texts += [(*pair, f'{row["objective"]} by {folder}') for pair in pairs]
 
-    columns = list(max(rows, key=len))      # a row with 'not drawn', if there is one
+    columns = list(max(rows, key=len))      # only rows with pages have the column 'not drawn'
     print('|', ' | '.join(columns), '|')
     print('|' + '---|' * len(columns))
     for row in rows:

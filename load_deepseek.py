@@ -45,7 +45,7 @@ from encoders import ENCODERS, VisionConfig, settings_of
 
 # Models without weights, as the config.json that they would have. The rest is as in DeepSeek-OCR.
 PRESETS = {
-    'full': {'tokenizer': 'bytes', 'n_routed_experts': 64},     # a model without it is dense
+    'full': {'tokenizer': 'bytes', 'n_routed_experts': 64},     # without it, it would be dense
     'tiny': {
         'tokenizer': 'bytes',
         'language_config': {
@@ -196,9 +196,10 @@ def sizes_from(config):
     if language.get('num_key_value_heads') is None:
         sizes.num_key_value_heads = sizes.num_attention_heads
     head_dim = sizes.hidden_size // sizes.num_attention_heads
-    fits = head_dim % 2 == 0 and head_dim * sizes.num_attention_heads == sizes.hidden_size
-    if not fits or sizes.num_attention_heads % sizes.num_key_value_heads:
-        raise ValueError('the heads do not divide hidden_size evenly')
+    if head_dim % 2 != 0 or head_dim * sizes.num_attention_heads != sizes.hidden_size:
+        raise ValueError('the heads do not divide hidden_size into even parts')
+    if sizes.num_attention_heads % sizes.num_key_value_heads != 0:
+        raise ValueError('the heads do not divide into groups of keys and values')
     if language.get('head_dim') not in (None, head_dim):
         raise ValueError(f'head_dim {language["head_dim"]} is not {head_dim}')
     if not 0 <= sizes.bos_token_id < sizes.vocab_size:
@@ -224,10 +225,12 @@ def sizes_from(config):
 
 # ---- tensors
 
-def open_tensors(folder):
-    """The tensors of a folder: {name: the open safetensors file that has it}. They are those of
+def open_tensors(source):
+    """The tensors of a checkpoint: {name: the open safetensors file that has it}. They are those of
     model.safetensors or else of the index's files, each from the file that the index names.
     Raises ValueError or OSError."""
+    fetch(source, '*.json')                 # the index
+    folder = fetch(source, '*.safetensors')
     index = folder / 'model.safetensors.index.json'
     if (folder / 'model.safetensors').exists():
         file_of = {}
@@ -274,10 +277,8 @@ def released_tensors(model, regime):
         elif rest == 'lm_head.weight':
             tensors[rest] = p
         elif '.experts.' in rest:
-            layer, kind = rest.split('.experts.')
-            kinds = [kind]
-            if kind == 'gate_up_proj':
-                kinds = ['gate_proj', 'up_proj']
+            layer, ours = rest.split('.experts.')
+            kinds = ['gate_proj', 'up_proj'] if ours == 'gate_up_proj' else ['down_proj']
             for e, expert in enumerate(p):
                 for kind, matrix in zip(kinds, expert.chunk(len(kinds))):
                     tensors[f'model.{layer}.experts.{e}.{kind}.weight'] = matrix
@@ -293,7 +294,7 @@ def fill(model, regime, stored, source):
     if skipped:
         print(f'{source}: skipped {len(skipped)} tensors of another encoder ({min(skipped)} ...)')
     for name in stored:
-        if name == 'lm_head.weight' and name not in needed:         # stored although it is tied
+        if name == 'lm_head.weight' and name not in needed:         # the tied embedding once more
             tied = 'model.embed_tokens.weight'
             if tied not in stored:
                 raise ValueError(f'{source}: tensor {tied} is missing')
@@ -339,7 +340,7 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
         stored = {}
     else:
         config = read_json(fetch(source, '*.json') / 'config.json')
-        stored = open_tensors(fetch(source, '*.safetensors'))
+        stored = open_tensors(source)
     try:
         sizes = sizes_from(config)
         # If weights will be read, build on the meta device, which takes neither memory nor time.
@@ -382,7 +383,7 @@ def load(source, regime, context, objective='reconstruction', hybrid=0, device='
         'objective': objective,
         'hybrid': hybrid,
         'settings': {name: settings.get(name, p.default) for name, p in known.items()},
-        # False if it began at random, here or in the run that it comes from
+        # True only if the released weights had it; not if a run began it at random
         'pretrained_encoder': has_encoder and run.get('pretrained_encoder', True),
     }
     return model, tokenizer, config

@@ -46,13 +46,12 @@ def extent(font, word):
     return left, right
 
 def ink_width(font, line, pen, word, limit):
-    """Pixels of ink in a line and one more word, which begins at `pen`. An estimate, but exact
-    within 2 pixels of the limit."""
+    """Pixels of ink in a line and one more word, which begins at `pen`: measured as a whole near
+    the limit, where it matters, and elsewhere the sum of the words."""
     left, _ = extent(font, line.split(' ', 1)[0])
     _, right = extent(font, word)
     ink = (pen + right) - left              # from the first word's left edge to the last's right
-    # Kerning moves the pen by fractions of a pixel, which Pillow rounds. Where that may matter,
-    # measure the line as a whole.
+    # Kerning moves the pen by fractions of a pixel, which Pillow rounds.
     if abs(ink - limit) < 2:
         left, right = extent(font, f'{line} {word}')
         ink = right - left
@@ -109,7 +108,7 @@ def render_page(text, size, font='DejaVuSans.ttf', font_size=None, line_spacing=
     """Draw a text on a white page of size x size pixels.
 
     font: a name or a file. font_size: in pixels; None is the largest of 4 to 30 at which all lines
-    fit, or 4. line_spacing: in font sizes. margin: a share of the page.
+    fit, and 4 if there is none. line_spacing: in font sizes. margin: a share of the page.
     Returns the RGB image, the font size, the number of lines on it, and how many characters of the
     text are missing from it: lines below its end, letters beyond its right edge, and characters
     that the font cannot draw. Raises ValueError if there is no such font."""
@@ -123,7 +122,8 @@ def render_page(text, size, font='DejaVuSans.ttf', font_size=None, line_spacing=
     def fits(font_size):
         lines = wrap(text, load_font(font, font_size), room)
         most = room // step(font_size)
-        return len(list(islice(lines, most + 1))) <= most           # stops at one line too many
+        first = list(islice(lines, most + 1))                       # stops at one line too many
+        return len(first) <= most
 
     if font_size is None:
         font_size = largest(4, 30, fits)
@@ -131,7 +131,7 @@ def render_page(text, size, font='DejaVuSans.ttf', font_size=None, line_spacing=
     lines = list(wrap(text, face, room))
     most = room // step(font_size)
     drawable = {character for character in set(text) if can_draw(face, character)}
-    drawable.add(' ')                       # it stands between words, whatever the text has there
+    drawable.add(' ')                       # wrap() puts it between words
 
     page = Image.new('L', (size, size), 'white')
     draw = ImageDraw.Draw(page)
@@ -139,7 +139,8 @@ def render_page(text, size, font='DejaVuSans.ttf', font_size=None, line_spacing=
     for i, line in enumerate(lines[:most]):
         draw.text((edge, edge + i * step(font_size)), line, fill='black', font=face)
         # A word too long for its line runs through the right margin, to the end of the page.
-        missing += len(line) - letters_drawn(face, line, size - edge, drawable)
+        to_page_end = size - edge
+        missing += len(line) - letters_drawn(face, line, to_page_end, drawable)
     return page.convert('RGB'), font_size, len(lines[:most]), missing
 
 def main(argv=None):

@@ -119,8 +119,8 @@ REPORTS = ('log_steps', 'eval_steps', 'eval_segments')              # a resumed 
 CHOICES = {'regime': ENCODERS, 'objective': OBJECTIVES, 'weights': ('fp32', 'bf16')}
 
 def flags():
-    """The command line: the flags, and all encoders' settings, of which two may share a name. Only
-    what is given is parsed: parse_args() knows the defaults."""
+    """The command line: the flags and all encoders' settings. Two encoders may share a setting's
+    name. What is not given is left out, as parse_args() knows the defaults."""
     parser = argparse.ArgumentParser(
         usage='python train.py [--flag value ...]', allow_abbrev=False, conflict_handler='resolve',
         epilog=f'With --model tiny, these replace the defaults above: {TINY}.')
@@ -152,8 +152,9 @@ def parse_args(argv=None):
     if resume and not inherited:
         raise ValueError(f'--resume {resume}: a model, but no run of train.py')
     args |= inherited
-    if given.get('low_memory') and not inherited.get('low_memory'):
-        args['learning_rate'] = 5e-3        # the rate so far was AdamW's
+    low_memory = given.get('low_memory', args['low_memory'])
+    if low_memory != args['low_memory']:    # another optimiser needs another rate
+        args['learning_rate'] = 5e-3 if low_memory else Flags.learning_rate
     if given.get('regime', args['regime']) == run.get('regime'):
         args |= run['settings']
 
@@ -187,8 +188,8 @@ def make_optimizer(model, encoder_lr, args):
         trained = [p for p in part.parameters() if p.requires_grad]
         groups.append({'params': trained, 'peak_lr': peak})
     if args.low_memory:
-        # torch's defaults suit fp32. In bf16 the default eps is larger than most squared gradients,
-        # and a slow average stops changing. Here it keeps 1 - t ** -0.5 of itself at step t.
+        # torch's defaults suit fp32. Its eps is larger than most squared gradients in bf16, and
+        # its average of them becomes too slow for bf16: at step t ours keeps 1 - t ** -0.5 of it.
         return torch.optim.Adafactor(groups, weight_decay=args.weight_decay, eps=(1e-15, 1e-3),
                                      beta2_decay=-0.5)
     return torch.optim.AdamW(groups, betas=(0.9, args.beta2), weight_decay=args.weight_decay,
@@ -203,7 +204,7 @@ def train_step(model, optimizer, batches, scale, max_grad_norm, device):
         group['lr'] = group['peak_lr'] * scale
     report = {}
     for i, batch in enumerate(batches, 1):
-        model.require_backward_grad_sync = i == len(batches)        # DDP sends gradients once
+        model.require_backward_grad_sync = i == len(batches)        # for DDP: send gradients once
         with autocast(device):
             losses, _, extra = model(to_device(batch, device))
         parts = {'loss': losses.mean(), **extra}
@@ -259,12 +260,14 @@ def main(argv=None):
     on_cuda = device.type == 'cuda'
     out = Path(args.output_dir)
     G = args.gradient_accumulation_steps
-    if rank >= world or G % world:
+    if rank >= world:
+        raise ValueError(f'RANK {rank} is not below WORLD_SIZE {world}')
+    if G % world != 0:
         raise ValueError(f'--gradient_accumulation_steps {G} is not a multiple of WORLD_SIZE '
-                         f'{world}, or RANK {rank} is not below it')
+                         f'{world}')
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        locked = lock(out)                  # held to the end; before anything is read of the folder
+        locked = lock(out)                  # until this process ends; taken before we read `out`
     if not args.resume and (out / 'model.safetensors').exists():
         raise ValueError(f'{out}: holds a run; --resume {out} continues it, and --output_dir '
                          'names another folder')
@@ -297,9 +300,9 @@ def main(argv=None):
         if image_size:
             workers = 6 if on_cuda else 2   # pages take a core's time
 
-    # optimiser; a random encoder needs the full rate: even so the decoder may ignore its memory
-    # for hundreds of steps. At that rate a pretrained encoder would forget.
-    steps = args.steps or -(-len(train) // G)
+    # optimiser; an encoder of random weights needs the full rate (even then the decoder may ignore
+    # its memory for hundreds of steps), at which a pretrained one would forget
+    steps = args.steps or math.ceil(len(train) / G)
     encoder_lr = args.encoder_lr
     if encoder_lr is None:
         is_pretrained = args.regime == 'vision' and config['run']['pretrained_encoder']
@@ -309,6 +312,7 @@ def main(argv=None):
     if start >= steps:
         print(f'{out}: has its {start} steps; set more with --steps')
         return
+    tokenizer_folder = None if source in PRESETS else fetch(source, '*.json')
     not_stored = (*settings, *MACHINE, 'output_dir', 'resume')
     stored = {name: x for name, x in vars(args).items() if name not in not_stored}
     config['run'] |= {'args': stored, 'data': args.data}
@@ -319,7 +323,8 @@ def main(argv=None):
         lines = []
         if start and log_path.exists():
             for line in log_path.read_text().splitlines():
-                if line.endswith('}') and json.loads(line)['step'] <= start:
+                is_whole = line.endswith('}')                       # a kill may cut the last one
+                if is_whole and json.loads(line)['step'] <= start:
                     lines.append(line + '\n')
         write_atomic(log_path, lambda path: path.write_text(''.join(lines)))
         n_encoder = sum(p.numel() for p in model.encoder.parameters())
@@ -341,7 +346,8 @@ def main(argv=None):
                 file.write(json.dumps({'step': step, **values}) + '\n')
 
     # training: batch n is a function of seed and n, so a run resumes from the number of its step
-    batches = iter(train.loader(range(start * G + rank, steps * G, world), workers))
+    mine = range(start * G + rank, steps * G, world)                # every world-th
+    batches = iter(train.loader(mine, workers))
     forward = model
     if on_cuda and args.compile:
         # Otherwise the router's backward pass is traced under autocast, in bf16 (pytorch 179804).
@@ -367,7 +373,8 @@ def main(argv=None):
         values = torch.stack(list(report.values()))
         if world > 1:
             torch.distributed.all_reduce(values)
-        report = dict(zip(report, (values / world).tolist()))
+        means = (values / world).tolist()
+        report = dict(zip(report.keys(), means))
         seconds = (time.time() - clock) / (step - clock_step)
         tokens = args.batch_size * G * meta[OBJECTIVES[args.objective]]     # target tokens
         report['ppl'] = math.exp(min(report['loss'], 700))
@@ -384,8 +391,7 @@ def main(argv=None):
             result = evaluate(model, val, device, workers, rank, world)
             log(step, {f'val_{name}': value for name, value in result.items()})
             if rank == 0:
-                save_run(out, step, model, optimizer, config,
-                         None if source in PRESETS else fetch(source, '*.json'))
+                save_run(out, step, model, optimizer, config, tokenizer_folder)
         clock, clock_step = time.time(), step                       # the speed of training alone
 
     # the end

@@ -92,7 +92,7 @@ def main(argv=None):
     device = pick_device(args.device)
 
     # the model, with the page size and the prompt of a run if it is one
-    stored = open_tensors(fetch(args.model, '*.safetensors'))
+    stored = open_tensors(args.model)
     if not any(part_of(name) == 'vision' for name in stored):
         raise ValueError(f'{args.model}: has no vision encoder, so it cannot read')
     run = read_json(fetch(args.model, '*.json') / 'config.json').get('run', {})

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import wanted_of                                    # noqa: E402
+from data import identity_of                                    # noqa: E402
 from load_deepseek import tokenizer_of                        # noqa: E402
 
 CONTEXT = 128
@@ -104,7 +104,7 @@ def main():
     write(out / 'train.bin', train)
     write(out / 'val.bin', val)
     meta = {
-        **wanted_of(tokenizer, CONTEXT, LENGTH - CONTEXT),
+        **identity_of(tokenizer, CONTEXT, LENGTH - CONTEXT),
         'source': Path(args.source).name,
         'train': len(train),
         'val': len(val),

