@@ -178,6 +178,34 @@ def repeated(val, train):
     in_val = np.array([segment in found for segment in segments])
     return in_val, in_train
 
+def write_segments(source, field, tokenizer, length, limit, path):
+    """Write the segments of a source to a file, document by document, until there are more than
+    `limit` -> how many each document has, and what became of the documents: a dict of counts."""
+    sizes, total, seen = [], 0, set()
+    counts = {'documents': 0, 'seen before': 0, 'unreadable': 0}
+    with open(path, 'wb') as file:
+        for place, text in tqdm(documents(source, field), desc=source, unit=' documents'):
+            if text is None:
+                counts['unreadable'] += 1
+                if counts['unreadable'] == 1:
+                    tqdm.write(f'{place}: left out, as it is neither UTF-8 text nor JSON; any more '
+                               'are only counted')
+                continue
+            words = hash(' '.join(text.split()))        # copies may differ in white space
+            if words in seen:
+                counts['seen before'] += 1
+                continue
+            seen.add(words)
+            counts['documents'] += 1
+            ids = encode(tokenizer, text)
+            n = len(ids) // length
+            file.write(ids[:n * length].tobytes())
+            sizes.append(n)
+            total += n
+            if total > limit:
+                break
+    return sizes, counts
+
 def prepare(source, out, tokenizer, context, continuation, train_segments=None, val_segments=None,
             field='text'):
     """Make the corpus folder `out`, which gets its name only when it is complete. Without numbers
@@ -194,32 +222,10 @@ def prepare(source, out, tokenizer, context, continuation, train_segments=None, 
     with tempfile.TemporaryDirectory(prefix=f'{out.name}.tmp', dir=out.parent) as temporary:
         folder = Path(temporary, 'corpus')
         folder.mkdir()
-
-        # all segments in one file, and how many each document has
-        sizes, total, seen = [], 0, set()
-        counts = {'documents': 0, 'seen before': 0, 'unreadable': 0}
         everything = Path(temporary, 'all.bin')
-        with open(everything, 'wb') as file:
-            for place, text in tqdm(documents(source, field), desc=source, unit=' documents'):
-                if text is None:
-                    counts['unreadable'] += 1
-                    if counts['unreadable'] == 1:
-                        tqdm.write(f'{place}: left out, as it is neither UTF-8 text nor JSON; any '
-                                   'more are only counted')
-                    continue
-                words = hash(' '.join(text.split()))    # copies may differ in white space
-                if words in seen:
-                    counts['seen before'] += 1
-                    continue
-                seen.add(words)
-                counts['documents'] += 1
-                ids = encode(tokenizer, text)
-                n = len(ids) // length
-                file.write(ids[:n * length].tobytes())
-                sizes.append(n)
-                total += n
-                if total > 1.2 * (train_limit + val_limit):         # a fifth to spare for split()
-                    break
+        some_more = 1.2 * (train_limit + val_limit)     # split() does not take every last segment
+        sizes, counts = write_segments(source, field, tokenizer, length, some_more, everything)
+        total = sum(sizes)
         report = ', '.join(f'{n:,} {name}' for name, n in counts.items())
         if total < 2:
             raise ValueError(f'{source}: too short for two segments of {length} tokens ({report})')
