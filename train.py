@@ -406,7 +406,7 @@ def main(argv=None):
         original, generated = passages(model, one, tokenizer, device, 256)[0]
         show(original, generated, f'{args.objective} by {out}')
         if args.eval_steps > 0:
-            print(f'{out}: python eval.py {out} shows more')
+            print(f'{out}: python eval.py {out} --generate 5 shows more')
         if args.model == 'tiny':
             print(f'The real model: python train.py --regime {args.regime} --data DIR '
                   '--model deepseek-ai/DeepSeek-OCR')
