@@ -117,8 +117,9 @@ def documents(source, field='text'):
 # ---- tokens
 
 def encode(tokenizer, text):
-    """Text to token ids (n,) uint32. A special token's name in the text, like <image>, becomes that
-    token. A lone surrogate, which UTF-8 cannot hold, becomes '?'."""
+    """Text to token ids (n,) uint32. A lone surrogate, which UTF-8 cannot hold, becomes '?'. A byte
+    that the tokenizer lacks is dropped, as by the library itself."""
+    tokenizer.encode_special_tokens = True  # their names in a text are text
     text = text.encode('utf-8', errors='replace').decode('utf-8')
     ids = []
     # In pieces, since the library takes 700 bytes a token while it works. A word may be cut.

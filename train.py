@@ -346,7 +346,7 @@ def main(argv=None):
                 file.write(json.dumps({'step': step, **values}) + '\n')
 
     # training: batch n is a function of seed and n, so a run resumes from the number of its step
-    mine = range(start * G + rank, steps * G, world)                # every world-th
+    mine = range(start * G + rank, steps * G, world)                # its share of them
     batches = iter(train.loader(mine, workers))
     forward = model
     if on_cuda and args.compile:

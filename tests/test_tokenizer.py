@@ -36,6 +36,8 @@ def test_known_ids(folder):
     tokenizer = tokenizer_of(str(folder))
     assert encode(tokenizer, '# 120s\nThe 120s was a decade')[:3].tolist() == [5, 223, 4870]
     assert encode(tokenizer, '\nFree OCR.').tolist() == [201, 21431, 126041, 16]   # the prompt behind the paper's 278 and 78 positions
+    for special in ('<｜begin▁of▁sentence｜>', '<｜end▁of▁sentence｜>'):         # special strings in a text are text, in a prompt they are not
+        assert len(encode(tokenizer, f'a {special}')) > 3 and len(tokenizer_of(str(folder)).encode(special).ids) == 1
     assert tokenizer.get_vocab()['<｜begin▁of▁sentence｜>'] == 0 and max(tokenizer.get_vocab().values()) == 128814
 
 def test_any_text_comes_back(folder):
